@@ -1,0 +1,235 @@
+"""`Backbone`: a Hugging Face causal language model whose residual stream can be read and written.
+
+The one place that knows where decoder layers live and what they return.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qwen_scope.errors import QwenScopeError, reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Towers that read images, sound or video, and heads that guess further tokens, have layers of their own.
+NOT_THE_DECODER = {"visual", "vision", "vision_tower", "vision_model", "audio", "audio_tower", "encoder", "mtp"}
+
+
+class Backbone:
+    """A decoder-only causal LM, its decoder layers and, if there is one, its tokenizer.
+
+    `layer` n counts from 0; its residual is the output of the n-th decoder layer's module, before any final norm
+    (the card's hook point). `hidden_states[n + 1]` of transformers is the same except for the last layer.
+
+    Args:
+        model: any decoder-only `transformers` model: text only, or wrapped for vision and language.
+        tokenizer: its tokenizer; without one, only token ids can be read.
+
+    Raises:
+        QwenScopeError: no list of decoder layers of the configured length is found.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.layers = find_decoder_layers(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | None = None,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+    ) -> Self:
+        """Loads a model and its tokenizer by hub id or folder; without a name, the bundled one.
+
+        Args:
+            dtype: what the model computes in. The card's arithmetic is float32; bfloat16 halves the memory and moves
+                features near rank k.
+            device: where to put it; the CPU unless told.
+            device_map: spread over devices by accelerate, instead of `device`.
+
+        Raises:
+            QwenScopeError: the model cannot be found or read.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from qwen_scope.hub import local_mirror
+
+        if name is None:
+            from qwen_scope.bundled import model_folder
+
+            name = str(model_folder())
+        source = str(local_mirror(name) or name)
+        found: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=as_dtype(dtype), device_map=device_map, **found)
+        except (OSError, ValueError, KeyError) as error:
+            raise QwenScopeError(
+                f"expected a causal language model as {name!r}, found none that loads ({reason(error)}); pass a "
+                "hub id or a folder with config.json and safetensors"
+            ) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **found)
+        except (OSError, ValueError, KeyError) as error:
+            raise QwenScopeError(
+                f"expected a tokenizer beside the model {name!r}, found none that loads ({reason(error)}); add its "
+                "files, or build Scope(model, suite, tokenizer=…) yourself"
+            ) from error
+        if device_map is None:
+            model = model.to(device or "cpu")
+        return cls(model, tokenizer)
+
+    @property
+    def name(self) -> str:
+        """What the model was loaded from."""
+        return self.model.config.name_or_path or type(self.model).__name__
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the text model, also where it is nested in a vision-language one."""
+        return self.model.config.get_text_config()
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens the model was made for, if its configuration says so."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must be put."""
+        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
+
+    def residuals(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        *,
+        layers: Iterable[int],
+    ) -> dict[int, Float[Tensor, "batch tokens d_model"]]:
+        """The residual stream after some layers, from one forward pass that ends after the last of them.
+
+        Rows padded on the right need an `attention_mask`; what comes out at padded positions means nothing.
+        The tensors keep the model's dtype and each layer's device, and carry no gradient.
+
+        Raises:
+            QwenScopeError: a layer the model does not have.
+        """
+        wanted = sorted(set(layers))
+        for layer in wanted:
+            self._check(layer)
+        if not wanted:
+            return {}
+        captured: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                captured[layer] = hidden_of(output).detach()
+                if layer == wanted[-1]:
+                    raise _LastLayerRead
+
+            return hook
+
+        with ExitStack() as hooks:
+            for layer in wanted:
+                hooks.callback(self.layers[layer].register_forward_hook(keep(layer)).remove)
+            try:
+                with torch.no_grad():
+                    self.model(
+                        input_ids=input_ids.to(self.device),
+                        attention_mask=None if attention_mask is None else attention_mask.to(self.device),
+                        use_cache=False,
+                    )
+            except _LastLayerRead:
+                pass
+        return captured
+
+    @contextmanager
+    def editing(self, edits: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """While the block runs, replaces the residual after each layer n by `edits[n](residual)`.
+
+        Each function gets the (batch, tokens, d_model) residual of one forward pass and returns its replacement.
+
+        Raises:
+            QwenScopeError: a layer the model does not have.
+        """
+
+        def replacing(edit: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+                new = edit(hidden_of(output))
+                return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
+
+            return hook
+
+        for layer in edits:
+            self._check(layer)
+        with ExitStack() as hooks:
+            for layer, edit in edits.items():
+                hooks.callback(self.layers[layer].register_forward_hook(replacing(edit)).remove)
+            yield
+
+    def _check(self, layer: int) -> None:
+        if not 0 <= layer < len(self.layers):
+            raise QwenScopeError(
+                f"expected a layer from 0 to {len(self.layers) - 1} of {self.name}, found {layer}; layers are counted "
+                "from 0 (the report counts from 1)"
+            )
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.name!r}, {len(self.layers)} layers, d_model={self.d_model}, {self.model.dtype})"
+
+
+class _LastLayerRead(Exception):
+    """Ends a forward pass whose remaining layers nobody asked for."""
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The residual stream in what a decoder layer returned: a tensor, or a tuple that begins with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal LM: the `ModuleList` as long as the text configuration says there are layers.
+
+    Raises:
+        QwenScopeError: there is no such list.
+    """
+    count = model.config.get_text_config().num_hidden_layers  # pyright: ignore
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and not NOT_THE_DECODER & set(path.split("."))
+    ]
+    if not found:
+        raise QwenScopeError(
+            f"expected a list of {count} decoder layers in {type(model).__name__}, found none; this needs a decoder-only "
+            "language model"
+        )
+    # The decoder's own list is the outermost one: lists inside its layers have longer paths.
+    return min(found, key=lambda item: item[0].count("."))[1]
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from itself or its name.
+
+    Raises:
+        QwenScopeError: not a floating point dtype.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise QwenScopeError(f"expected dtype float32, bfloat16 or float16, found {dtype!r}; pass one of those")
+    return found

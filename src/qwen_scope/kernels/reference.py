@@ -1,0 +1,77 @@
+"""The definition of encode and decode: the model card's arithmetic, in float32, in bounded memory.
+
+Knows nothing of SAEs, files or text: tensors in, tensors out.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qwen_scope.errors import QwenScopeError
+
+# The pre-activations of one chunk take this much. Larger chunks are no faster (measured from 64 to 1024 tokens at
+# 2048 -> 32768) and smaller ones starve the matrix product.
+CHUNK_BYTES = 32 * 2**20
+
+
+def encode(
+    x: Float[Tensor, "tokens d_model"],
+    W_enc: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    """The k largest of `x @ W_enc.T + b_enc` for each token, strongest first.
+
+    Computed in float32 whatever the dtypes given, a chunk of tokens at a time, so that no (tokens, d_sae) matrix
+    ever exists. Equal pre-activations are ordered by the lower feature index, so the result is defined even there.
+    Values are the raw pre-activations and may be negative where fewer than k are positive. Differentiable.
+
+    Source: the model card's `get_feature_acts`.
+
+    Raises:
+        QwenScopeError: a token's pre-activations hold a NaN or an infinity.
+    """
+    W, b = W_enc.float(), b_enc.float()
+    chunk = max(1, CHUNK_BYTES // (4 * len(b)))
+    parts = [_top_k(F.linear(rows.float(), W, b), k) for rows in x.split(chunk)]
+    indices = torch.cat([part[0] for part in parts])
+    values = torch.cat([part[1] for part in parts])
+    # topk puts NaN and +inf first, so a bad row always shows among the values kept.
+    bad = ~values.isfinite().all(dim=1)
+    if bad.any():
+        raise QwenScopeError(
+            f"expected finite residuals, found NaN or infinity in the pre-activations of {int(bad.sum())} of {len(x)} "
+            f"tokens (the first at row {int(bad.nonzero()[0])}); check the model's dtype: float16 overflows on "
+            "residual streams, bfloat16 and float32 do not"
+        )
+    return indices, values
+
+
+def _top_k(pre: Float[Tensor, "tokens d_sae"], k: int) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    # One more than k shows a tie across the border; torch.topk itself promises no order among equals.
+    values, indices = pre.topk(min(k + 1, pre.shape[1]), dim=1)
+    tied = (values[:, 1:] == values[:, :-1]).any(dim=1)
+    values, indices = values[:, :k], indices[:, :k]
+    if tied.any():
+        sorted_values, sorted_indices = pre[tied].sort(dim=1, descending=True, stable=True)
+        values = values.index_put((tied,), sorted_values[:, :k])
+        indices = indices.index_put((tied,), sorted_indices[:, :k])
+    return indices, values
+
+
+def decode(
+    indices: Int[Tensor, "tokens k"],
+    values: Float[Tensor, "tokens k"],
+    decoder: Float[Tensor, "d_sae d_model"],
+    b_dec: Float[Tensor, " d_model"],
+) -> Float[Tensor, "tokens d_model"]:
+    """`acts @ W_dec.T + b_dec` from the sparse pair, in float32, reading only the k decoder rows each token needs.
+
+    Args:
+        decoder: `W_dec.T`, one row per feature; contiguous rows are what makes this fast.
+
+    Differentiable in `values`, `decoder` and `b_dec`.
+    """
+    x_hat = F.embedding_bag(indices, decoder.float(), per_sample_weights=values.float(), mode="sum")
+    return x_hat + b_dec.float()

@@ -1,0 +1,76 @@
+"""Texts through a backbone in batches: the one place that pads, masks and keeps to the model's context."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from qwen_scope.backbone import Backbone
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.tokens import TokenizedText
+
+BATCH_TOKENS = 2048
+"""Tokens, padding included, in one forward pass: enough to keep the matrix products busy, little enough for a laptop."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some texts as one padded batch of token ids."""
+
+    texts: list[int]
+    """Which of the texts are its rows."""
+    ids: Int[Tensor, "batch tokens"]
+    """Token ids, padded on the right."""
+    real: Bool[Tensor, "batch tokens"]
+    """Where a token is real and not padding."""
+
+    @property
+    def attention_mask(self) -> Int[Tensor, "batch tokens"] | None:
+        """As models take it; None where nothing is padded, which is the faster path."""
+        return None if self.real.all() else self.real.long()
+
+
+def batches(texts: Sequence[TokenizedText], backbone: Backbone, most: int = BATCH_TOKENS) -> list[Batch]:
+    """Groups texts so that those of like length share a batch of at most `most` tokens (or are alone in one).
+
+    Raises:
+        QwenScopeError: a text longer than the model's context.
+    """
+    limit = backbone.context_length
+    for text in texts:
+        if limit is not None and len(text) > limit:
+            raise QwenScopeError(
+                f"expected texts of at most {limit} tokens, the context of {backbone.name}, found one of {len(text)}; "
+                "split it"
+            )
+    groups: list[list[int]] = []
+    for i in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
+        # The first row of a group is its longest, which all others are padded to.
+        if groups and (len(groups[-1]) + 1) * len(texts[groups[-1][0]]) <= most:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [_padded(group, texts) for group in groups]
+
+
+def _padded(group: list[int], texts: Sequence[TokenizedText]) -> Batch:
+    rows = [torch.tensor(texts[i].ids) for i in group]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return Batch(group, ids, torch.arange(ids.shape[1]) < lengths[:, None])
+
+
+def read(
+    texts: Sequence[TokenizedText], backbone: Backbone, layers: Sequence[int]
+) -> Iterator[tuple[Batch, dict[int, Float[Tensor, "batch tokens d_model"]]]]:
+    """The residuals of every text at some layers, batch by batch, each from one forward pass.
+
+    Raises:
+        QwenScopeError: a text longer than the model's context, or a layer the model does not have.
+    """
+    todo = batches(texts, backbone)
+    for batch in tqdm(todo, desc="reading", unit="batch", disable=len(todo) < 8):
+        yield batch, backbone.residuals(batch.ids, batch.attention_mask, layers=layers)

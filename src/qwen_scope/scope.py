@@ -1,0 +1,177 @@
+"""`Scope`: a language model together with its SAEs. Text in, features out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwen_scope.backbone import Backbone
+from qwen_scope.bundled import MODEL_NAME
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.evaluation import SAMPLE_TEXTS, CheckReport, check
+from qwen_scope.features import SparseFeatures
+from qwen_scope.reading import read
+from qwen_scope.suite import Suite
+from qwen_scope.text_features import text_features
+from qwen_scope.tokens import tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Scope:
+    """A backbone and the suite of SAEs that reads it.
+
+    Args:
+        model: a `transformers` causal LM already in memory, or a `Backbone`.
+        suite: its SAEs.
+        tokenizer: the model's tokenizer; without one, only token ids can be read.
+        layers: which of the suite's layers to read; all of them unless told.
+
+    Raises:
+        QwenScopeError: SAEs of another width than the model, or a layer that one of the two does not have.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Backbone,
+        suite: Suite,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        layers: Sequence[int] | None = None,
+    ):
+        self.backbone = model if isinstance(model, Backbone) else Backbone(model, tokenizer)
+        self.suite = suite
+        self.layers = self._known(suite.layers if layers is None else layers)
+        if suite.d_model != self.backbone.d_model:
+            belongs = f", which reads {suite.backbone}," if suite.backbone else ""
+            raise QwenScopeError(
+                f"expected SAEs of width d_model = {self.backbone.d_model} for {self.backbone.name}, found "
+                f"{suite.d_model} in {suite.name}{belongs}; use the model they were trained on"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | None = None,
+        suite: str | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        k: int | None = None,
+        cache_dir: str | None = None,
+    ) -> Scope:
+        """Loads a model and its SAEs by name; without names, the bundled ones.
+
+        Args:
+            model: hub id or folder of a causal LM. Left out, it is the suite's own backbone.
+            suite: hub id, catalogue name, folder or file of SAEs (see `Suite.from_pretrained`).
+            layers: which layers to read; all of the suite's unless told. SAEs load when first used.
+            dtype: what the language model computes in. SAEs always compute in float32.
+            device: where both go; the first GPU if there is one, else the CPU.
+            device_map: spreads the language model over devices instead.
+            k: overrides the number of features kept per token.
+            cache_dir: where downloads are kept, instead of the hub's usual cache.
+
+        Raises:
+            QwenScopeError: a model or suite that cannot be found, read, or joined.
+        """
+        if model is not None and suite is None:
+            raise QwenScopeError(
+                f"expected a suite of SAEs beside the model {model!r}, found none named; pass suite=… "
+                "(`qwen-scope suites` lists the published ones)"
+            )
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # The suite first: naming it wrong should not cost the loading of a language model.
+        saes = Suite.from_pretrained(suite, k=k, layers=layers, cache_dir=cache_dir, device=place)
+        if model is None:
+            if saes.backbone is None:
+                raise QwenScopeError(
+                    f"expected a model to read with the suite {suite!r}, which names none; pass model=…"
+                )
+            # The bundled suite belongs to the quantised weights that come with the package, not to those on the hub.
+            model = None if saes.backbone == MODEL_NAME else saes.backbone
+        backbone = Backbone.from_pretrained(
+            model, dtype=dtype, device=place, device_map=device_map, cache_dir=cache_dir
+        )
+        return cls(backbone, saes, layers=layers)
+
+    @torch.no_grad()
+    def features(
+        self,
+        inputs: Any,
+        *,
+        layers: Sequence[int] | None = None,
+        thinking: bool | None = None,
+    ) -> Any:
+        """The features of every token, at every layer asked for, exactly as the model card defines them.
+
+        Args:
+            inputs: a text; a list of texts; token ids (list, list of lists, or a tensor of shape (tokens,) or
+                (batch, tokens)); chat messages (a list of dicts, or a list of such lists).
+            layers: fewer layers than the scope reads.
+            thinking: for chat messages, what the template gets as `enable_thinking`.
+
+        Returns:
+            A `TextFeatures`; for several inputs, or a (batch, tokens) tensor, a list of them in the order given.
+
+        Raises:
+            QwenScopeError: an empty text, one longer than the model's context, a layer that is not there.
+        """
+        texts, single = tokenize(inputs, self.backbone.tokenizer, thinking=thinking)
+        wanted = self.layers if layers is None else self._known(layers)
+        found: list[dict[int, SparseFeatures]] = [{} for _ in texts]
+        for batch, residuals in read(texts, self.backbone, wanted):
+            for layer, x in residuals.items():
+                sae = self.suite[layer]
+                encoded = sae.encode(x[batch.real.to(x.device)].to(sae.device))
+                start = 0
+                for text in batch.texts:
+                    end = start + len(texts[text])
+                    found[text][layer] = encoded[start:end]
+                    start = end
+        results = [text_features(text, by_layer) for text, by_layer in zip(texts, found, strict=True)]
+        return results[0] if single else results
+
+    def check(self, texts: Any = None, *, layers: Sequence[int] | None = None) -> CheckReport:
+        """How well the SAEs fit the model, and which classic mistake explains it if they do not.
+
+        Args:
+            texts: what to read, as for `features`; a small sample of several kinds of text unless given.
+            layers: fewer layers than the scope reads.
+
+        Returns:
+            A `CheckReport`; its docstring and `LayerCheck`'s define every figure.
+        """
+        wanted = self.layers if layers is None else self._known(layers)
+        tokenized, _ = tokenize(SAMPLE_TEXTS if texts is None else texts, self.backbone.tokenizer)
+        return check(self.backbone, self.suite, tokenized, wanted)
+
+    def _known(self, layers: Sequence[int]) -> list[int]:
+        """The layers asked for, in order, each of which both the suite and the model must have."""
+        for layer in layers:
+            if layer not in self.suite.layers:
+                raise QwenScopeError(
+                    f"expected layers out of {_short(self.suite.layers)} of {self.suite.name}, found {layer!r}; layers are "
+                    "counted from 0"
+                )
+            if layer >= len(self.backbone.layers):
+                raise QwenScopeError(
+                    f"expected layers that {self.backbone.name} has, 0 to {len(self.backbone.layers) - 1}, found {layer} in "
+                    f"{self.suite.name}; use the model the SAEs were trained on"
+                )
+        if not layers:
+            raise QwenScopeError(f"expected at least one layer of {_short(self.suite.layers)}, found none; name some")
+        return sorted(set(layers))
+
+    def __repr__(self) -> str:
+        return f"Scope({self.backbone!r}, {self.suite!r}, layers={self.layers})"
+
+
+def _short(layers: Sequence[int]) -> str:
+    ordered = sorted(layers)
+    whole = len(ordered) > 3 and ordered == list(range(ordered[0], ordered[-1] + 1))
+    return f"{ordered[0]} to {ordered[-1]}" if whole else str(ordered)
