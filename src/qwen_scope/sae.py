@@ -141,6 +141,7 @@ class TopKSAE(nn.Module):
         return self.decode(self.encode(x))
 
     def extra_repr(self) -> str:
+        """What `repr` shows."""
         return f"d_model={self.d_model}, d_sae={self.d_sae}, k={self.k}, activation={self.activation!r}"
 
 

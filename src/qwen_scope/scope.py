@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen_scope.backbone import Backbone
+from qwen_scope.backbone import Backbone, as_device
 from qwen_scope.bundled import MODEL_NAME
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evaluation import SAMPLE_TEXTS, CheckReport, check
@@ -84,7 +84,7 @@ class Scope:
                 f"expected a suite of SAEs beside the model {model!r}, found none named; pass suite=… "
                 "(`qwen-scope suites` lists the published ones)"
             )
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # The suite first: naming it wrong should not cost the loading of a language model.
         saes = Suite.from_pretrained(suite, k=k, layers=layers, cache_dir=cache_dir, device=place)
         if model is None:

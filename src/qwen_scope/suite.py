@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 import torch
 
-from qwen_scope import catalog, hub
+from qwen_scope import hub
+from qwen_scope.bundled import suite_folder
 from qwen_scope.checkpoint import (
     Contents,
     Format,
@@ -90,7 +91,7 @@ class Suite:
             QwenScopeError: nothing of that name, nothing that says k, a layer that is not there, or files that cannot
                 be used; one sentence each.
         """
-        contents, title = find(_bundled() if name is None else name, revision, cache_dir)
+        contents, title = find(suite_folder() if name is None else name, revision, cache_dir)
         k = contents.k if k is None else k
         if k is None:
             raise QwenScopeError(
@@ -254,16 +255,6 @@ class Suite:
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, format, layers, dtype)
             hub.upload(Path(folder), repo_id, private, commit_message)
-
-
-def _bundled() -> Path:
-    folder = Path(__file__).parent / "bundled_suite"
-    if not folder.is_dir():
-        raise QwenScopeError(
-            f"expected the bundled suite at {folder}, found no folder; name a suite, such as "
-            f"{catalog.PUBLISHED[0].short_name!r}, or install a qwen-scope that bundles one"
-        )
-    return folder
 
 
 def _chosen(layers: Iterable[int], contents: Contents, name: str) -> list[int]:

@@ -68,24 +68,27 @@ def tokenize(
 def _tokenize_one(item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinking: bool | None) -> TokenizedText:
     if isinstance(item, list | tuple) and item and all(_is(part, int) for part in item):
         return _from_ids([int(part) for part in item], tokenizer)
-    messages = isinstance(item, list | tuple) and bool(item) and all(_is(part, Mapping) for part in item)
-    if not messages and not isinstance(item, str):
-        raise QwenScopeError(
-            f"expected text, token ids or chat messages, found {_describe(item)}; pass one kind at a time"
-        )
     if tokenizer is None:
         raise QwenScopeError(
             "expected token ids since this Scope has no tokenizer, found text; build it with tokenizer=…"
         )
-    text = _apply_template(item, tokenizer, thinking) if messages else item
+    if isinstance(item, str):
+        text, from_template = item, False
+    elif isinstance(item, list | tuple) and item and all(_is(part, Mapping) for part in item):
+        text, from_template = _apply_template(item, tokenizer, thinking), True
+    else:
+        raise QwenScopeError(
+            f"expected text, token ids or chat messages, found {_describe(item)}; pass one kind at a time"
+        )
     if not text:
         raise QwenScopeError("expected a text of at least one character, found an empty one; pass some text")
     # A chat template writes its own special tokens.
-    encoded = tokenizer(text, add_special_tokens=not messages, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    fast = bool(tokenizer.is_fast)
+    encoded = tokenizer(text, add_special_tokens=not from_template, return_offsets_mapping=fast, verbose=False)
     ids = list(encoded["input_ids"])
     if not ids:
         raise QwenScopeError(f"expected a text of at least one token, found {text!r}, which has none; pass some text")
-    if not tokenizer.is_fast:
+    if not fast:
         return _from_ids(ids, tokenizer)
     spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
     return TokenizedText(text, ids, _decode_each(ids, tokenizer), spans)

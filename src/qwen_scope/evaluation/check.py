@@ -47,8 +47,12 @@ class LayerCheck:
 
     @property
     def loss_recovered(self) -> float:
-        """`(loss_zeroed - loss_spliced) / (loss_zeroed - loss)`: 1 is as good as the model, 0 as bad as nothing."""
-        return (self.loss_zeroed - self.loss_spliced) / (self.loss_zeroed - self.loss)
+        """`(loss_zeroed - loss_spliced) / (loss_zeroed - loss)`: 1 is as good as the model, 0 as bad as nothing.
+
+        NaN where zeroing the layer does not change the loss.
+        """
+        lost = self.loss_zeroed - self.loss
+        return (self.loss_zeroed - self.loss_spliced) / lost if lost else float("nan")
 
 
 @dataclass(frozen=True)

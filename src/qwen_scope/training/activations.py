@@ -24,18 +24,23 @@ def harvest_residuals(
     context: int = 256,
     batch: int = 8,
     shard_tokens: int = 65536,
+    part: tuple[int, int] = (0, 1),
 ) -> None:
     """Writes the residuals of the first `tokens` tokens to `folder/shard-00000.safetensors`, `-00001`, …
 
     Texts are cut into pieces of at most `context` tokens that never cross a text's end. Each piece's position 0 is
-    left out (an attention sink, in training as in the report) and counts for nothing. Each shard holds one bf16 (tokens, d_model)
-    tensor `layer{n}` per layer and is written atomically; shards already there are not made again, so a killed run
-    goes on where it was.
+    left out (an attention sink, in training as in the report) and counts for nothing. Each shard holds one bf16
+    (tokens, d_model) tensor `layer{n}` per layer and is written atomically; shards already there are not made again,
+    so a killed run goes on where it was.
+
+    Args:
+        part: (i, n) makes only every n-th shard, from the i-th: n processes with one thread each share a harvest better
+            than n threads of one process, which wait for each other in every layer.
     """
     pieces = _pieces(backbone, texts, context)
     total = -(-tokens // shard_tokens)
     for number in tqdm(range(total), desc="shards of residuals", unit="shard"):
-        wanted = []
+        wanted: list[list[int]] = []
         size = 0
         while size < shard_tokens and (piece := next(pieces, None)) is not None:
             wanted.append(piece)
@@ -43,7 +48,7 @@ def harvest_residuals(
         if not wanted:
             break
         path = folder / f"shard-{number:05d}.safetensors"
-        if not path.exists():
+        if number % part[1] == part[0] and not path.exists():
             write_safetensors(path, _read(backbone, wanted, layers, batch), {"pieces": str(len(wanted))})
 
 

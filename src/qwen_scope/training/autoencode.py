@@ -1,5 +1,6 @@
 """One differentiable pass through a TopK autoencoder whose backward never makes a (tokens, d_sae) gradient."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ def autoencode(
         product_dtype: of the encoder's matrix product, the costly part; bfloat16 is about twice as fast as float32
             and moves only features near rank k.
     """
-    return Autoencoded(*_TopKAutoencode.apply(x, W_enc, b_enc, decoder, b_dec, k, product_dtype))  # pyright: ignore
+    made: Any = _TopKAutoencode.apply(x, W_enc, b_enc, decoder, b_dec, k, product_dtype)
+    return Autoencoded(*made)
 
 
 class _TopKAutoencode(torch.autograd.Function):
@@ -65,7 +67,11 @@ class _TopKAutoencode(torch.autograd.Function):
         token = pairs_by_feature // k
 
         def sum_over_pairs(weights: Tensor, rows: Tensor) -> Tensor:
-            matrix = torch.sparse_csr_tensor(starts, token, weights.flatten()[pairs_by_feature], (len(decoder), tokens))
+            pairs = weights.flatten()[pairs_by_feature]
+            shape = (len(decoder), tokens)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+                matrix = torch.sparse_csr_tensor(starts, token, pairs, shape, check_invariants=False)
             return matrix @ rows
 
         grad_b_enc = torch.zeros(len(decoder), device=x.device)

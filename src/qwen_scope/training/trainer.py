@@ -26,7 +26,7 @@ class TrainConfig:
     """Tokens in one step."""
     epochs: float = 1.0
     """Passes over the residuals, each in a new random order."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate of Adam, for a dictionary of 16384 features; it is scaled by 1 / sqrt(d_sae / 16384)."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises from 0."""
@@ -60,6 +60,7 @@ class Normalisation:
         return Normalisation(centre, float((x.float() - centre).pow(2).mean().sqrt()))
 
     def __call__(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
+        """Residuals in the units that the trainer works in."""
         return (x.float() - self.centre) / self.scale
 
 
@@ -93,9 +94,8 @@ class SAETrainer:
         self.decoder = directions.clone().requires_grad_()
         # The encoder is the decoder's transpose up to the one factor with which the first reconstructions fit best.
         start = self.normalise(sample[:2048])
-        first = autoencode(
-            start, directions, torch.zeros(config.d_sae), directions, torch.zeros(start.shape[1]), config.k
-        )
+        no_bias = torch.zeros(config.d_sae), torch.zeros(start.shape[1])
+        first = autoencode(start, directions, no_bias[0], directions, no_bias[1], config.k)
         factor = (first.x_hat * start).sum() / first.x_hat.pow(2).sum()
         self.W_enc = (directions * factor).requires_grad_()
         self.b_enc = torch.zeros(config.d_sae).requires_grad_()
@@ -125,7 +125,7 @@ class SAETrainer:
     def step(self, x: Float[Tensor, "tokens d_model"]) -> float:
         """One optimiser step on raw residuals; gives the batch's fraction of variance unexplained before it."""
         x = self.normalise(x)
-        out = autoencode(x, *self.parameters, self.config.k, self.product_dtype)
+        out = autoencode(x, self.W_enc, self.b_enc, self.decoder, self.b_dec, self.config.k, self.product_dtype)
         error = (out.x_hat - x).pow(2).sum(1).mean()
         # Normalised by the variance: the loss is the FVU, alike for every layer and model.
         variance = (x - x.mean(0)).pow(2).sum(1).mean()
@@ -143,7 +143,7 @@ class SAETrainer:
         self.optimizer.zero_grad()
         with torch.no_grad():
             self.decoder.copy_(_unit(self.decoder))
-        return float(error / variance)
+        return float((error / variance).detach())
 
     def _aux_loss(self, x: Tensor, out: Autoencoded, dead: Tensor) -> Tensor:
         """AuxK: how badly the strongest dead features explain what the living ones left over."""

@@ -1,0 +1,37 @@
+"""The command `qwen-scope`: parses, calls one thing of the library, prints. Bad input ends in one sentence, status 1."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from qwen_scope.errors import QwenScopeError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; `arguments` default to those of the process."""
+    import tyro
+
+    from qwen_scope.cli import commands
+
+    command = tyro.cli(
+        commands.Command,
+        prog="qwen-scope",
+        description="Look inside a language model through sparse autoencoders: text in, features out.",
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    try:
+        command.run()
+        sys.stdout.flush()
+    except QwenScopeError as error:
+        sys.stderr.write(f"qwen-scope: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("qwen-scope: interrupted\n")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has gone; Python would complain again while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

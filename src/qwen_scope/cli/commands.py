@@ -1,0 +1,256 @@
+"""One typed dataclass per command; tyro makes the options and the help from fields and docstrings.
+
+Nothing heavy is imported before a command runs, so that `--help` is quick.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from qwen_scope.errors import QwenScopeError
+
+if TYPE_CHECKING:
+    from qwen_scope.scope import Scope
+
+Layers = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--layer",), metavar="N…")]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model is read through which SAEs."""
+
+    model: str | None = None
+    """Language model: hub id or folder. Default: the suite's own backbone, or the bundled model."""
+    suite: str | None = None
+    """SAEs: hub id, catalogue name (see `qwen-scope suites`), folder or file. Default: the bundled suite."""
+    layers: Layers = ()
+    """Layers to read, counted from 0. Default: all of the suite."""
+    k: int | None = None
+    """Keep another number of features per token than the suite says."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the language model computes in; the SAEs always compute in float32."""
+    device: str | None = None
+    """Where to compute, such as `cpu` or `cuda:1`. Default: the first GPU if there is one."""
+
+    def open(self) -> "Scope":
+        """Loads the scope."""
+        quiet_loading()
+        from qwen_scope.scope import Scope
+
+        return Scope.from_pretrained(
+            self.model, self.suite, layers=self.layers or None, k=self.k, dtype=self.dtype, device=self.device
+        )
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of texts at each token, strongest first."""
+
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts to read, each in quotes."""
+    source: tyro.conf.OmitArgPrefixes[Source] = Source()
+    file: Path | None = None
+    """Read texts from a file instead, one a line; `-` is standard input."""
+    chat: bool = False
+    """Read each text as a user's message through the model's chat template."""
+    top: int = 8
+    """Features shown per token."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    save: Path | None = None
+    """Also write the whole result (all k features) to this safetensors file; takes a single text."""
+
+    def run(self) -> None:
+        """Reads and prints."""
+        texts = given_texts(self.texts, self.file)
+        if not texts:
+            raise QwenScopeError(
+                'expected a text to read, found none; try: qwen-scope features "The capital of France is"'
+            )
+        if self.top < 1:
+            raise QwenScopeError(f"expected --top of at least 1, found {self.top}; ask for one or more features")
+        if self.save is not None and len(texts) > 1:
+            raise QwenScopeError(f"expected a single text with --save, found {len(texts)}; save them one at a time")
+        scope = self.source.open()
+        inputs = [[{"role": "user", "content": text}] for text in texts] if self.chat else texts
+        results = scope.features(inputs)
+        if self.save is not None:
+            results[0].save(self.save)
+        if self.json:
+            print_json({**names_of(scope), "texts": [result.to_dict(self.top) for result in results]})
+            return
+        for result in results:
+            print(f"{result.text!r}")
+            for layer in result:
+                print(f"\n{layer.top(self.top)}")
+            print()
+
+
+@dataclass(frozen=True)
+class Check:
+    """How well the SAEs fit the model, and which classic mistake explains it if they do not.
+
+    Exits with status 1 if a mistake was found.
+    """
+
+    source: tyro.conf.OmitArgPrefixes[Source] = Source()
+    file: Path | None = None
+    """Measure on the texts of a file, one a line, instead of the built-in sample; `-` is standard input."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> None:
+        """Measures and prints."""
+        texts = given_texts((), self.file)
+        report = self.source.open().check(texts or None)
+        if self.json:
+            print_json(report.to_dict())
+        else:
+            print(report)
+        if not report.ok:
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Suites:
+    """The suites that can be used by name: the 14 published groups and the bundled one."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> None:
+        """Lists them."""
+        from qwen_scope.bundled import suite_config
+        from qwen_scope.catalog import PUBLISHED
+
+        rows: list[dict[str, Any]] = [
+            {
+                "name": group.short_name,
+                "repository": group.repo_id,
+                "backbone": group.backbone,
+                "layers": group.n_layers,
+                "d_model": group.d_model,
+                "d_sae": group.d_sae,
+                "k": group.k,
+                "bytes_per_layer": 4 * (2 * group.d_model * group.d_sae + group.d_model + group.d_sae),
+            }
+            for group in PUBLISHED
+        ]
+        bundled = suite_config()
+        if self.json:
+            print_json({"bundled": json.loads(bundled.to_json()), "published": rows})
+            return
+        print(f"{'name':<24} {'layers':>6} {'d_model':>7} {'d_sae':>7} {'k':>4} {'GB a layer':>10}  repository")
+        for row in rows:
+            print(
+                f"{row['name']:<24} {row['layers']:>6} {row['d_model']:>7} {row['d_sae']:>7} {row['k']:>4} "
+                f"{row['bytes_per_layer'] / 1e9:>10.2f}  {row['repository']}"
+            )
+        layers = ", ".join(f"{layer} (d_sae {d_sae})" for layer, d_sae in bundled.layers.items())
+        print(
+            f"\nbundled, used when no suite is named: {bundled.name} for {bundled.backbone}, k {bundled.k}, layers {layers}"
+        )
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Writes a suite of SAEs in another file format."""
+
+    source: tyro.conf.Positional[str]
+    """Suite to read: hub id, catalogue name, folder or file."""
+    folder: tyro.conf.Positional[Path]
+    """Folder to write; layers can be added to one that already holds the same suite."""
+    format: Literal["safetensors", "published", "sae-lens", "sparsify"] = "safetensors"
+    """`safetensors` with our config.json, the `published` layer{n}.sae.pt, or another library's layout."""
+    layers: Layers = ()
+    """Only these layers. Default: all."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the tensors written. Default: as they are."""
+    k: int | None = None
+    """Features kept per token, where nothing in the source says it."""
+
+    def run(self) -> None:
+        """Reads and writes, a layer at a time."""
+        import torch
+
+        from qwen_scope.suite import Suite
+
+        suite = Suite.from_pretrained(self.source, k=self.k, layers=self.layers or None)
+        suite.save_pretrained(self.folder, self.format, dtype=getattr(torch, self.dtype) if self.dtype else None)
+        print(f"wrote layers {', '.join(map(str, suite.layers))} of {suite.name} to {self.folder} as {self.format}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Features of a few real sentences on the bundled model and SAEs, and what to try next."""
+
+    def run(self) -> None:
+        """Shows them."""
+        from qwen_scope.cli.demo import demo
+
+        demo(Source().open())
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Features, tyro.conf.subcommand("features")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Suites, tyro.conf.subcommand("suites")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+)
+"""All commands."""
+
+
+def given_texts(texts: tuple[str, ...], file: Path | None) -> list[str]:
+    """The texts of the command line, or the lines of a file that are not blank.
+
+    Raises:
+        QwenScopeError: both are given, or the file cannot be read as text or holds none.
+    """
+    if file is None:
+        return list(texts)
+    if texts:
+        raise QwenScopeError(f"expected texts or --file, found both ({len(texts)} texts and {file}); give one of them")
+    try:
+        content = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QwenScopeError(
+            f"expected a file of UTF-8 text at {file}, found none that reads ({error}); check it"
+        ) from error
+    lines = [line for line in content.splitlines() if line.strip()]
+    if not lines:
+        raise QwenScopeError(f"expected lines of text in {file}, found none; write one text a line")
+    return lines
+
+
+def names_of(scope: "Scope") -> dict[str, Any]:
+    """What a reader of the JSON needs to know about where features come from."""
+    suite = scope.suite
+    return {"model": scope.backbone.name, "suite": suite.name, "k": suite.k, "activation": suite.activation}
+
+
+def print_json(value: Any) -> None:
+    """Prints strict JSON: what is not a number becomes null."""
+    print(json.dumps(_finite(value), ensure_ascii=False, indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def quiet_loading() -> None:
+    """Silences transformers' bars where nobody watches, and its advice, which is not about anything the user did."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

@@ -1,0 +1,180 @@
+"""Encode and decode against their definitions: float64 arithmetic and a stable sort of dense pre-activations."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_scope import QwenScopeError, kernels
+from qwen_scope.kernels import reference
+
+
+def draw(tokens: int, d_model: int, d_sae: int, seed: int, scale: float = 1.0):
+    g = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(tokens, d_model, generator=g)
+    return x, torch.randn(d_sae, d_model, generator=g), scale * torch.randn(d_sae, generator=g)
+
+
+def by_definition(pre: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row, the lower feature first among equals."""
+    values, indices = pre.sort(dim=1, descending=True, stable=True)
+    return indices[:, :k], values[:, :k]
+
+
+@st.composite
+def problems(draw_from):
+    tokens, d_model, d_sae = (draw_from(st.integers(1, most)) for most in (9, 12, 40))
+    k = draw_from(st.integers(1, d_sae))
+    scale = draw_from(st.sampled_from([1e-6, 1.0, 1e4]))
+    return (*draw(tokens, d_model, d_sae, draw_from(st.integers(0, 99)), scale), k)
+
+
+@given(problems())
+def test_encode_agrees_with_float64(problem):
+    x, W, b, k = problem
+    indices, values = kernels.encode(x, W, b, k)
+    pre = x.double() @ W.double().T + b.double()
+    allowed = 1e-5 * pre.abs().max()
+    _, expected = by_definition(pre, k)
+    assert (values - expected).abs().max() <= allowed
+    assert (pre.gather(1, indices) - values).abs().max() <= allowed
+    assert (indices.sort(dim=1).values.diff(dim=1) > 0).all(), "a feature is kept twice"
+    assert values.dtype == torch.float32
+
+
+@given(problems())
+def test_decode_agrees_with_float64_and_with_the_dense_product(problem):
+    x, W, b, k = problem
+    indices, values = kernels.encode(x, W, b, k)
+    b_dec = torch.arange(float(x.shape[1]))
+    found = kernels.decode(indices, values, W, b_dec)
+    acts = torch.zeros(len(x), len(W), dtype=torch.float64).scatter_(1, indices, values.double())
+    expected = acts @ W.double() + b_dec.double()
+    assert (found - expected).abs().max() <= 1e-5 * max(expected.abs().max(), values.abs().max() * k)
+    assert found.dtype == torch.float32
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 99))
+def test_ties_go_to_the_lower_feature(d_sae, k, seed):
+    # Small integers make many exact ties, within the k kept and across rank k.
+    k = min(k, d_sae)
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(-1, 2, (20, 3), generator=g).float()
+    W = torch.randint(-1, 2, (d_sae, 3), generator=g).float()
+    indices, values = kernels.encode(x, W, torch.zeros(d_sae), k)
+    expected_indices, expected_values = by_definition(x @ W.T, k)
+    assert torch.equal(indices, expected_indices)
+    assert torch.equal(values, expected_values)
+
+
+def test_a_tie_across_rank_k_only():
+    W = torch.tensor([[1.0], [3.0], [2.0], [2.0], [2.0]])
+    indices, values = kernels.encode(torch.ones(1, 1), W, torch.zeros(5), 2)
+    assert indices.tolist() == [[1, 2]]
+    assert values.tolist() == [[3, 2]]
+
+
+def test_all_features_equal():
+    indices, _ = kernels.encode(torch.ones(3, 2), torch.ones(200, 2), torch.zeros(200), 5)
+    assert indices.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 6, 7])
+def test_chunks_join_seamlessly(monkeypatch, rows, tokens):
+    x, W, b = draw(tokens, 8, 64, seed=0)
+    whole = kernels.encode(x, W, b, 5)
+    monkeypatch.setattr(reference, "CHUNK_BYTES", rows * 64 * 4)
+    indices, values = kernels.encode(x, W, b, 5)
+    assert torch.equal(indices, whole[0])
+    torch.testing.assert_close(values, whole[1])
+
+
+def test_a_chunk_smaller_than_one_token_still_works(monkeypatch):
+    x, W, b = draw(3, 8, 64, seed=0)
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(kernels.encode(x, W, b, 5)[1], by_definition(x @ W.T + b, 5)[1])
+
+
+def test_no_dense_matrix_is_ever_made(monkeypatch):
+    largest = 0
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.ndim == 2 and result.shape[1] == 512:
+                largest = max(largest, len(result))
+            return result
+
+    x, W, b = draw(1000, 4, 512, seed=0)
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 10 * 512 * 4)
+    with Watch():
+        indices, values = kernels.encode(x, W, b, 5)
+        kernels.decode(indices, values, W, torch.zeros(4))
+    assert largest == 10
+
+
+def test_bfloat16_is_computed_in_float32():
+    x, W, b = (t.bfloat16() for t in draw(5, 16, 64, seed=1))
+    indices, values = kernels.encode(x, W, b, 7)
+    assert values.dtype == torch.float32
+    same = kernels.encode(x.float(), W.float(), b.float(), 7)
+    assert torch.equal(indices, same[0])
+    assert torch.equal(values, same[1])
+    decoded = kernels.decode(indices, values, W, torch.zeros(16).bfloat16())
+    assert torch.equal(decoded, kernels.decode(indices, values, W.float(), torch.zeros(16)))
+
+
+def test_tensors_need_not_be_contiguous():
+    x, W, b = draw(6, 8, 40, seed=2)
+    strided = torch.empty(8, 6).T.copy_(x), torch.empty(8, 40).T.copy_(W), torch.empty(40, 2)[:, 0].copy_(b)
+    assert not any(t.is_contiguous() for t in strided)
+    indices, values = kernels.encode(*strided, 5)
+    expected = kernels.encode(x, W, b, 5)
+    assert torch.equal(indices, expected[0])
+    torch.testing.assert_close(values, expected[1])
+    rows = torch.empty(8, 40).T.copy_(W)
+    torch.testing.assert_close(
+        kernels.decode(indices[::2], values[::2], rows, x[0]), kernels.decode(*expected, W, x[0])[::2]
+    )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("row", [0, 4])
+def test_rows_that_are_not_finite(monkeypatch, bad, row):
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 2 * 64 * 4)
+    x, W, b = draw(5, 8, 64, seed=3)
+    x[row, 2] = bad
+    with pytest.raises(QwenScopeError, match=rf"1 of 5 tokens \(the first at row {row}\)"):
+        kernels.encode(x, W, b, 3)
+
+
+def test_minus_infinity_alone_is_found_too():
+    # An infinity can make all pre-activations minus infinity, or leave k finite ones above those that are not.
+    x, W, b = torch.full((1, 1), float("inf")), -torch.ones(8, 1), torch.zeros(8)
+    with pytest.raises(QwenScopeError, match="1 of 1"):
+        kernels.encode(x, W, b, 2)
+    W[:4] = 0.0  # 0 * inf is NaN, which counts as the largest
+    with pytest.raises(QwenScopeError, match="1 of 1"):
+        kernels.encode(x, W, b, 2)
+
+
+def test_gradients_equal_those_of_the_dense_definition():
+    x, W, b = (t.double().requires_grad_() for t in draw(4, 5, 12, seed=4))
+    x32, W32, b32 = (t.detach().float().requires_grad_() for t in (x, W, b))
+    target = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    pre = x @ W.T + b
+    acts = torch.zeros_like(pre).scatter(1, (top := pre.topk(3, dim=1)).indices, top.values)
+    ((acts @ W - target.double()) ** 2).sum().backward()
+    indices, values = kernels.encode(x32, W32, b32, 3)
+    ((kernels.decode(indices, values, W32, torch.zeros(5)) - target) ** 2).sum().backward()
+    for exact, found in ((x, x32), (W, W32), (b, b32)):
+        torch.testing.assert_close(found.grad, exact.grad.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_through_rows_with_ties():
+    W = torch.ones(6, 2, requires_grad=True)
+    _, values = kernels.encode(torch.ones(3, 2), W, torch.zeros(6), 2)
+    values.sum().backward()
+    assert W.grad.tolist() == [[3, 3], [3, 3], *[[0, 0]] * 4]
