@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qwen_scope import Backbone, QwenScopeError
@@ -290,6 +291,27 @@ def test_a_truncated_model(folder, tmp_path, one_sentence):
     for path in folder.iterdir():
         content = path.read_bytes()
         (tmp_path / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+    with pytest.raises(QwenScopeError) as error:
+        Backbone.from_pretrained(str(tmp_path))
+    one_sentence(error, str(tmp_path))
+
+
+def test_a_model_with_weights_missing(folder, tmp_path, one_sentence):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QwenScopeError) as error:
+        Backbone.from_pretrained(str(tmp_path))
+    one_sentence(error, "1 missing", "layers.1.mlp.up_proj")
+
+
+def test_a_model_of_other_shapes_than_its_config(folder, tmp_path, one_sentence):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"intermediate_size": 64', '"intermediate_size": 48'))
     with pytest.raises(QwenScopeError) as error:
         Backbone.from_pretrained(str(tmp_path))
     one_sentence(error, str(tmp_path))

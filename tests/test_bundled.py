@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,17 @@ from types import ModuleType
 import mistake_makers
 import pytest
 import torch
+from torch import Tensor
 
 from qwen_scope import QwenScopeError, Scope, Suite, TopKSAE
 from qwen_scope import bundled as bundled_module
 from qwen_scope.backbone import Backbone
 from qwen_scope.bundled import suite_folder
+from qwen_scope.evaluation import SAMPLE_TEXTS
+from qwen_scope.evaluation.mistakes import find_mistakes
+from qwen_scope.outliers import norm_outliers
+from qwen_scope.reading import read
+from qwen_scope.tokens import tokenize
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [7, 15, 23]
@@ -76,7 +83,28 @@ def test_check_confirms_the_figures_and_finds_no_mistake(bundled: Backbone, suit
         assert 40 < row.fidelity.l0 <= 50
 
 
+@pytest.fixture(scope="module")
+def residuals(bundled: Backbone) -> dict[int, Tensor]:
+    """The sample's residuals at every layer a test looks at, read once: position 0 left out."""
+    wanted = sorted({layer + off for layer in LAYERS for off in (-2, -1, 0, 1, 2)})
+    texts, _ = tokenize(SAMPLE_TEXTS, bundled.tokenizer)
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
+    for batch, found in read(texts, bundled, wanted):
+        kept = batch.real.clone()
+        kept[:, 0] = False
+        for layer, x in found.items():
+            parts[layer].append(x[kept])
+    return {layer: torch.cat(rows) for layer, rows in parts.items()}
+
+
+def around(layer: int, residuals: dict[int, Tensor]) -> dict[int, Tensor]:
+    """What `find_mistakes` takes: a layer's residuals and its neighbours', without norm outliers."""
+    kept = ~norm_outliers(residuals[layer])
+    return {near: residuals[near][kept] for near in (layer - 1, layer, layer + 1)}
+
+
 @pytest.mark.real
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
@@ -89,21 +117,32 @@ def test_check_confirms_the_figures_and_finds_no_mistake(bundled: Backbone, suit
     ],
 )
 def test_each_classic_mistake_is_named(
-    bundled: Backbone, suite: Suite, make: Callable[[TopKSAE], TopKSAE], expected: str
+    suite: Suite,
+    residuals: dict[int, Tensor],
+    layer: int,
+    make: Callable[[TopKSAE], TopKSAE],
+    expected: str,
 ):
-    spoiled = make(suite[15])
-    report = Scope(bundled, Suite.of({15: spoiled})).check()
-    (mistake,) = report.layers[0].mistakes
-    assert expected in mistake
+    assert find_mistakes(suite[layer], layer, around(layer, residuals)) == []
+    (mistake,) = find_mistakes(make(suite[layer]), layer, around(layer, residuals))
+    assert mistake.startswith(expected)
 
 
 @pytest.mark.real
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("k", [25, 100])
+def test_the_k_of_the_training_is_found_again(suite: Suite, residuals: dict[int, Tensor], layer: int, k: int):
+    (mistake,) = find_mistakes(mistake_makers.k_of(k)(suite[layer]), layer, around(layer, residuals))
+    (named,) = re.findall(r"trained with k = (\d+)", mistake)
+    assert abs(int(named) - 50) <= 3
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("off", [-1, 1])
-def test_a_layer_off_by_one_is_named(bundled: Backbone, suite: Suite, off: int):
-    for layer in LAYERS:
-        report = Scope(bundled, Suite.of({layer + off: suite[layer]})).check()
-        (mistake,) = report.layers[0].mistakes
-        assert f"fits the residual after layer {layer} better" in mistake
+def test_a_layer_off_by_one_is_named(suite: Suite, residuals: dict[int, Tensor], layer: int, off: int):
+    (mistake,) = find_mistakes(suite[layer], layer + off, around(layer + off, residuals))
+    assert f"fits the residual after layer {layer} better" in mistake
 
 
 @pytest.mark.real

@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", type=Path)
     parser.add_argument("corpus", type=Path, nargs="?")
-    parser.add_argument("--texts", type=int, default=200)
+    parser.add_argument("--texts", type=int, default=64)
     args = parser.parse_args()
     suite = Suite.from_pretrained(args.suite)
     path = args.suite / "figures.json"

@@ -79,12 +79,21 @@ class Backbone:
             )
         found: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=as_dtype(dtype), device_map=device_map, **found)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=as_dtype(dtype), device_map=device_map, output_loading_info=True, **found
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise QwenScopeError(
                 f"expected a causal language model as {name!r}, found none that loads ({reason(error)}); pass a "
                 "hub id or a folder with config.json and safetensors"
             ) from error
+        model, loading = loaded
+        if missing := sorted(loading["missing_keys"]):
+            # transformers would go on with random numbers in their place.
+            raise QwenScopeError(
+                f"expected all weights of the model {name!r}, found {len(missing)} missing, such as {missing[0]}; get its "
+                "files again"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **found)
         except (OSError, ValueError, KeyError) as error:

@@ -21,7 +21,8 @@ SAMPLE_TEXTS = [
     "Der Zug nach Hamburg fährt heute von Gleis sieben ab. Reisende werden gebeten, ihre Fahrkarten bereitzuhalten und "
     "auf die Ansagen zu achten.",
     "Write a short recipe for tomato soup. Use a list of ingredients first, then numbered steps, and keep it under "
-    "one hundred words.\n\nIngredients:\n- 1 kg ripe tomatoes\n- 1 onion\n- 2 cloves of garlic\n- salt, pepper, olive oil\n\n1. Fry the "
+    "one hundred words.\n\n"
+    "Ingredients:\n- 1 kg ripe tomatoes\n- 1 onion\n- 2 cloves of garlic\n- salt, pepper, olive oil\n\n1. Fry the "
     "chopped onion and garlic gently in the oil.\n2. Add the tomatoes and simmer for twenty minutes.\n3. Blend, season "
     "and serve.",
     "If a train travels 180 kilometres in two and a half hours, its average speed is 180 / 2.5 = 72 kilometres an hour. "
