@@ -194,9 +194,9 @@ def test_input_that_cannot_be_read(tokenizer, inputs, found):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("inputs", ["France", ["France"], QUESTION])
+@pytest.mark.parametrize("inputs", ["France", ["France"], QUESTION, [1.5]])
 def test_text_without_a_tokenizer(inputs):
-    with pytest.raises(QwenScopeError, match="no tokenizer"):
+    with pytest.raises(QwenScopeError, match=r"no tokenizer, found (str|list|float) .*(Fran|1\.5)"):
         tokenize(inputs, None)
 
 

@@ -70,7 +70,7 @@ def _tokenize_one(item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinki
         return _from_ids([int(part) for part in item], tokenizer)
     if tokenizer is None:
         raise QwenScopeError(
-            "expected token ids since this Scope has no tokenizer, found text; build it with tokenizer=…"
+            f"expected token ids since this Scope has no tokenizer, found {_describe(item)}; build it with tokenizer=…"
         )
     if isinstance(item, str):
         text, from_template = item, False

@@ -91,7 +91,6 @@ def shards(folder: Path) -> list[Path]:
 
 
 def load_residuals(paths: Iterable[Path], layer: int) -> Float[Tensor, "tokens d_model"]:
-    """One layer's residuals of some shards, bf16, norm outliers left out."""
-    parts = [read_safetensors(path)[0][f"layer{layer}"] for path in paths]
-    x = torch.cat(parts)
-    return x[~norm_outliers(x)]
+    """One layer's residuals of some shards, bf16, the norm outliers of each shard left out."""
+    parts = (read_safetensors(path)[0][f"layer{layer}"] for path in paths)
+    return torch.cat([x[~norm_outliers(x)] for x in parts])
