@@ -92,7 +92,9 @@ CHAT_TEMPLATE = (
     "{% if message.role not in ('system', 'user', 'assistant') %}{{ raise_exception('unknown role') }}{% endif %}"
     "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}"
-    "{% if enable_thinking is defined %}{{ '<think>' if enable_thinking else '<think></think>' }}{% endif %}"
+    # As Qwen's: thinking is looked at only where the assistant's turn is opened.
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 SPECIAL = ["<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"]
 

@@ -172,6 +172,8 @@ class TestMakingTheModel:
 
     @pytest.fixture(autouse=True)
     def empty_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        # As if the package that holds the model were not installed.
+        monkeypatch.setattr(bundled_module.metadata, "files", lambda _: None)
         monkeypatch.setenv("QWEN_SCOPE_CACHE", str(tmp_path / "cache"))
         self.cache = tmp_path / "cache"
 
@@ -189,6 +191,11 @@ class TestMakingTheModel:
         with pytest.raises(QwenScopeError, match=r"sha256 .* found .* fetch it again"):
             bundled_module.model_folder()
         assert self.nothing_is_left()
+
+    def test_a_cache_that_cannot_be_made_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch):
+        self.cache.write_text("a file in its place")
+        with pytest.raises(QwenScopeError, match="set QWEN_SCOPE_CACHE"):
+            bundled_module.model_folder()
 
     def test_no_network_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(bundled_module, "VERSION", "0.0.0.dev0")
@@ -212,6 +219,8 @@ class TestMakingTheModel:
             bundled_module.model_folder()
         assert self.nothing_is_left()
         monkeypatch.setattr(bundled_module, "_convert", lambda gguf, folder: shutil.copytree(whole, folder))
+        # What somebody deleted half of is made again.
+        (self.cache / "models" / whole.name).mkdir(parents=True)
         made = bundled_module.model_folder()
         assert {path.name for path in made.iterdir()} == {path.name for path in whole.iterdir()}
         assert bundled_module.model_folder() == made

@@ -426,7 +426,7 @@ def test_a_writer_that_dies_leaves_the_old_file(tmp_path, module, monkeypatch):
 
     monkeypatch.setattr(torch, "save", dies)
     monkeypatch.setattr("safetensors.torch.save_file", dies)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(QwenScopeError, match="no space left"):
         module.write(path, weights(seed=1))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["layer0"]

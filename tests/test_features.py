@@ -103,12 +103,6 @@ def test_to_another_device(features):
     assert features.to(torch.device("cpu")).values.device.type == "cpu"
 
 
-def test_detach():
-    features = SparseFeatures(INDICES, VALUES.clone().requires_grad_(), 6)
-    assert features[0].values.requires_grad
-    assert not features.detach().values.requires_grad
-
-
 def test_it_cannot_be_changed(features):
     with pytest.raises(AttributeError):
         features.d_sae = 7

@@ -80,20 +80,29 @@ def test_all_features_equal():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 6, 7])
-def test_chunks_join_seamlessly(monkeypatch, rows, tokens):
+@pytest.mark.parametrize("features", [1, 7, 64])
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_join_seamlessly(monkeypatch, rows, features, tokens, dtype):
     x, W, b = draw(tokens, 8, 64, seed=0)
+    W = W.to(dtype)
     whole = kernels.encode(x, W, b, 5)
-    monkeypatch.setattr(reference, "CHUNK_BYTES", rows * 64 * 4)
+    monkeypatch.setattr(reference, "CHUNK_TOKENS", rows)
+    monkeypatch.setattr(reference, "BLOCK_BYTES", 4 * features * min(rows, tokens))
     indices, values = kernels.encode(x, W, b, 5)
     assert torch.equal(indices, whole[0])
     torch.testing.assert_close(values, whole[1])
 
 
-def test_a_chunk_smaller_than_one_token_still_works(monkeypatch):
-    x, W, b = draw(3, 8, 64, seed=0)
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
-    torch.testing.assert_close(kernels.encode(x, W, b, 5)[1], by_definition(x @ W.T + b, 5)[1])
+def test_ties_across_blocks_go_to_the_lower_index(monkeypatch):
+    # Whole numbers, so that equal rows give equal values in blocks of any size.
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randint(-3, 4, (40, 16), generator=generator).float().repeat(3, 1)
+    x = torch.randint(-3, 4, (9, 16), generator=generator).float()
+    expected = (x @ W.T).sort(dim=1, descending=True, stable=True).indices[:, :7]
+    for features in (11, 40, 120):
+        monkeypatch.setattr(reference, "BLOCK_BYTES", 4 * 9 * features)
+        assert torch.equal(kernels.encode(x, W, torch.zeros(120), 7)[0], expected)
 
 
 def test_no_dense_matrix_is_ever_made(monkeypatch):
@@ -103,16 +112,17 @@ def test_no_dense_matrix_is_ever_made(monkeypatch):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.ndim == 2 and result.shape[1] == 512:
-                largest = max(largest, len(result))
+            if isinstance(result, torch.Tensor) and result.ndim == 2 and len(result) in (10, 1000):
+                largest = max(largest, result.shape[1])
             return result
 
     x, W, b = draw(1000, 4, 512, seed=0)
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 10 * 512 * 4)
+    monkeypatch.setattr(reference, "CHUNK_TOKENS", 10)
+    monkeypatch.setattr(reference, "BLOCK_BYTES", 10 * 64 * 4)
     with Watch():
         indices, values = kernels.encode(x, W, b, 5)
         kernels.decode(indices, values, W, torch.zeros(4))
-    assert largest == 10
+    assert largest == 64
 
 
 def test_bfloat16_is_computed_in_float32():
@@ -143,7 +153,7 @@ def test_tensors_need_not_be_contiguous():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("row", [0, 4])
 def test_rows_that_are_not_finite(monkeypatch, bad, row):
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 2 * 64 * 4)
+    monkeypatch.setattr(reference, "CHUNK_TOKENS", 2)
     x, W, b = draw(5, 8, 64, seed=3)
     x[row, 2] = bad
     with pytest.raises(QwenScopeError, match=rf"1 of 5 tokens \(the first at row {row}\)"):
@@ -178,3 +188,13 @@ def test_gradients_flow_through_rows_with_ties():
     _, values = kernels.encode(torch.ones(3, 2), W, torch.zeros(6), 2)
     values.sum().backward()
     assert W.grad.tolist() == [[3, 3], [3, 3], *[[0, 0]] * 4]
+
+
+def test_decoding_bf16_rows_equals_decoding_them_as_float32():
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.randn(50, 16, generator=generator).bfloat16()
+    indices = torch.randint(50, (9, 4), generator=generator)
+    values, bias = torch.rand(9, 4, generator=generator), torch.zeros(16)
+    assert torch.equal(
+        reference.decode(indices, values, decoder, bias), reference.decode(indices, values, decoder.float(), bias)
+    )

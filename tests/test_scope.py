@@ -108,8 +108,8 @@ def test_messages(scope):
     messages = [{"role": "user", "content": "is Rome the capital?"}]
     plain, on, off = (scope.features(messages, thinking=thinking) for thinking in (None, True, False))
     assert plain.tokens[0] == "<|im_start|>"
-    assert on.text == plain.text + "<think>"
-    assert off.text == plain.text + "<think></think>"
+    assert on.text == plain.text + "<|im_start|>assistant\n"
+    assert off.text == on.text + "<think>\n\n</think>\n\n"
     assert [one.text for one in scope.features([messages, messages])] == [plain.text] * 2
 
 
@@ -286,7 +286,7 @@ def test_nothing_to_read(scope, inputs):
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 30]])
 def test_a_layer_that_is_not_there(scope, llama, suite, tokenizer, layers):
     for call in (lambda: scope.features(TEXT, layers=layers), lambda: Scope(llama, suite, tokenizer, layers=layers)):
-        with pytest.raises(QwenScopeError, match=rf"\[0, 1, 2\] of tiny suite, found {max(layers, key=abs)}"):
+        with pytest.raises(QwenScopeError, match=rf"0-2 of tiny suite, found {max(layers, key=abs)}"):
             call()
 
 
@@ -483,3 +483,45 @@ def test_html_names_features_and_shades_tokens(found):
     assert html.count("<span") == 6
     assert f"1/{found[1].indices[2, 0]}  {found[1].values[2, 0]:.4g}" in html
     assert "0.60)" in html, "the strongest token is shaded most"
+
+
+# What a review found
+
+
+def test_two_threads_read_the_same_as_one(llama, suite, tokenizer):
+    from concurrent.futures import ThreadPoolExecutor
+
+    scope = Scope(llama, suite, tokenizer=tokenizer)
+    texts = [f"the capital of {name}" for name in ("France", "Italy", "Paris", "Rome")] * 5
+    alone = [scope.features(text, layers=[i % 3]) for i, text in enumerate(texts)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: scope.features(job[1], layers=[job[0] % 3]), enumerate(texts)))
+    for one, other in zip(alone, together, strict=True):
+        assert one.layers == other.layers
+        assert torch.equal(one[one.layers[0]].values, other[one.layers[0]].values)
+
+
+def test_one_layer_can_be_named_by_its_number_alone(llama, suite, tokenizer, unchecked):
+    assert Scope(llama, suite, tokenizer=tokenizer, layers=1).layers == [1]
+    assert Scope(llama, suite, tokenizer=tokenizer).features("the", layers=2).layers == [2]
+
+
+def test_a_suite_must_be_opened_first(llama, unchecked):
+    with pytest.raises(QwenScopeError, match=r"found 'qwen3.5-2b-k50'; open it"):
+        Scope(llama, "qwen3.5-2b-k50")
+
+
+def test_a_tokenizer_beside_a_backbone_counts(llama, suite, tokenizer):
+    assert Scope(Backbone(llama), suite, tokenizer=tokenizer).features("the").tokens
+
+
+def test_text_that_is_not_unicode_is_one_sentence(llama, suite, tokenizer):
+    with pytest.raises(QwenScopeError, match=r"valid Unicode, found '\\udcff' at character 3"):
+        Scope(llama, suite, tokenizer=tokenizer).features("abc\udcffd")
+
+
+def test_what_was_asked_for_is_shown(llama, make_sae, tokenizer):
+    suite = Suite.of({0: make_sae(k=30)})
+    found = Scope(llama, suite, tokenizer=tokenizer).features("the capital")[0]
+    assert repr(found.top(20)).count("0/") == 20 * len(found.tokens)
+    assert "22 more features a token" in repr(found)

@@ -179,7 +179,7 @@ def test_a_folder_that_says_no_k(tmp_path):
     write_published(tmp_path / "mystery", layers=(0, 3))
     with pytest.raises(QwenScopeError, match=r"config.json in mystery or a name that says k .* pass k="):
         Suite.from_pretrained(tmp_path / "mystery")
-    with pytest.raises(QwenScopeError, match="expected k of at least 1, found 0"):
+    with pytest.raises(QwenScopeError, match="expected a whole number k of at least 1, found 0"):
         Suite.from_pretrained(tmp_path / "mystery", k=0)
     suite = Suite.from_pretrained(tmp_path / "mystery", k=3)
     assert (suite.name, suite.layers, suite.backbone, suite.d_model) == ("mystery", [0, 3], None, 6)
@@ -259,9 +259,7 @@ def test_a_folder_without_saes(tmp_path):
 
 
 def test_the_bundled_suite(tmp_path, monkeypatch):
-    monkeypatch.setattr("qwen_scope.suite.__file__", str(tmp_path / "suite.py"))
-    with pytest.raises(QwenScopeError, match=r"expected the bundled suite at .* found no folder"):
-        Suite.from_pretrained()
+    monkeypatch.setattr("qwen_scope.suite.suite_folder", lambda: tmp_path / "bundled_suite")
     Suite.of({15: make_sae()}, name="bundled").save_pretrained(tmp_path / "bundled_suite")
     assert Suite.from_pretrained().name == "bundled"
 

@@ -79,7 +79,10 @@ def test_token_ids_without_a_tokenizer():
     assert text == TokenizedText("<7><3>", [7, 3], ["<7>", "<3>"], [(0, 3), (3, 6)])
 
 
-@pytest.mark.parametrize(("thinking", "end"), [(None, ""), (True, "<think>"), (False, "<think></think>")])
+OPENED = "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("thinking", "end"), [(None, ""), (True, OPENED), (False, f"{OPENED}<think>\n\n</think>\n\n")])
 def test_chat_messages(tokenizer, thinking, end):
     expected = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n" + end
     [text], single = tokenize(QUESTION, tokenizer, thinking=thinking)

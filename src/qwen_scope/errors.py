@@ -12,4 +12,4 @@ class QwenScopeError(ValueError):
 def reason(error: BaseException) -> str:
     """The first sentence of another library's error, to quote inside one of ours."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__

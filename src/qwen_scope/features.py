@@ -81,10 +81,6 @@ class SparseFeatures:
         """The same features on another device."""
         return replace(self, indices=self.indices.to(device), values=self.values.to(device))
 
-    def detach(self) -> SparseFeatures:
-        """The same features cut off from the autograd graph."""
-        return replace(self, values=self.values.detach())
-
     def save(self, path: str | Path) -> None:
         """Writes the pair to one safetensors file (indices as int32), atomically."""
         from qwen_scope.files import write_safetensors

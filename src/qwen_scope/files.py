@@ -10,23 +10,53 @@ from torch import Tensor
 
 from qwen_scope.errors import QwenScopeError
 
+# Read once, at import: the only way to read it is to set it, for all threads of the process.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path in the same folder and moves it to `path` if the block ends well; else removes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    """Gives a temporary path in the same folder and moves it to `path` if the block ends well; else removes it.
+
+    Raises:
+        QwenScopeError: the folder cannot be made or written, or `path` is a folder, or the disk is full.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         # mkstemp makes files that only their owner can read; what is published here should follow the umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_UMASK)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise QwenScopeError(
+            f"expected to write {path}, found that it cannot be done ({error.strerror or error}); choose another place"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def is_file(name: str | Path) -> bool:
+    """Whether a name is that of a file; False for what cannot be a path at all."""
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether a name is that of a folder; False for what cannot be a path at all."""
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a null character
+        return False
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -50,7 +80,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise QwenScopeError(
             f"expected whole safetensors at {path}, found {path.stat().st_size} bytes that do not parse ({error}); "
             "fetch or write the file again"

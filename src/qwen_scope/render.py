@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qwen_scope.text_features import LayerFeatures, TextFeatures
 
-MANY_TOKENS, MANY_FEATURES = 40, 8
+MANY_TOKENS, MANY_FEATURES, FEW_FEATURES = 40, 8, 20
+"""What a repr shows at most; up to `FEW_FEATURES` a token are shown all the same, as after `.top(20)`."""
 
 
-def layer_table(found: LayerFeatures) -> str:
-    """One line per token: position, token, then its features as `number value`, strongest first."""
-    rows = min(len(found.tokens), MANY_TOKENS)
-    shown = min(found.k, MANY_FEATURES)
+def layer_table(found: LayerFeatures, most_tokens: int | None = None, most_features: int | None = None) -> str:
+    """One line per token: position, token, then its features as `number value`, strongest first; all of them unless told."""
+    rows = len(found.tokens) if most_tokens is None else min(len(found.tokens), most_tokens)
+    shown = found.k if most_features is None else min(found.k, most_features)
     # One token chosen by number has no axis of tokens.
     indices = found.indices.reshape(-1, found.k)[:rows, :shown].tolist()
     values = found.values.reshape(-1, found.k)[:rows, :shown].tolist()

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwen_scope.backbone import Backbone, as_device
-from qwen_scope.bundled import MODEL_NAME
+from qwen_scope.backbone import Backbone
+from qwen_scope.bundled import GGUF_SHA256
+from qwen_scope.devices import as_device
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evaluation import SAMPLE_TEXTS, CheckReport, check
 from qwen_scope.features import SparseFeatures
 from qwen_scope.reading import read
-from qwen_scope.suite import Suite
+from qwen_scope.suite import Suite, ranges
 from qwen_scope.text_features import text_features
 from qwen_scope.tokens import tokenize
 
@@ -39,8 +40,14 @@ class Scope:
         model: PreTrainedModel | Backbone,
         suite: Suite,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | int | None = None,
     ):
+        if not isinstance(suite, Suite):
+            raise QwenScopeError(
+                f"expected a Suite, found {suite!r}; open it with Suite.from_pretrained, or use Scope.from_pretrained"
+            )
+        if isinstance(model, Backbone) and tokenizer is not None:
+            model = model.model
         self.backbone = model if isinstance(model, Backbone) else Backbone(model, tokenizer)
         self.suite = suite
         self.layers = self._known(suite.layers if layers is None else layers)
@@ -57,7 +64,7 @@ class Scope:
         model: str | None = None,
         suite: str | None = None,
         *,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | int | None = None,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device | None = None,
         device_map: Any = None,
@@ -86,14 +93,16 @@ class Scope:
             )
         place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # The suite first: naming it wrong should not cost the loading of a language model.
-        saes = Suite.from_pretrained(suite, k=k, layers=layers, cache_dir=cache_dir, device=place)
+        only = [layers] if isinstance(layers, int) else layers
+        saes = Suite.from_pretrained(suite, k=k, layers=only, cache_dir=cache_dir, device=place)
         if model is None:
             if saes.backbone is None:
                 raise QwenScopeError(
                     f"expected a model to read with the suite {suite!r}, which names none; pass model=…"
                 )
             # The bundled suite belongs to the quantised weights that come with the package, not to those on the hub.
-            model = None if saes.backbone == MODEL_NAME else saes.backbone
+            quantised = saes.provenance.get("model_file_sha256") == GGUF_SHA256
+            model = None if quantised else saes.backbone
         backbone = Backbone.from_pretrained(
             model, dtype=dtype, device=place, device_map=device_map, cache_dir=cache_dir
         )
@@ -104,7 +113,7 @@ class Scope:
         self,
         inputs: Any,
         *,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | int | None = None,
         thinking: bool | None = None,
     ) -> Any:
         """The features of every token, at every layer asked for, exactly as the model card defines them.
@@ -113,7 +122,8 @@ class Scope:
             inputs: a text; a list of texts; token ids (list, list of lists, or a tensor of shape (tokens,) or
                 (batch, tokens)); chat messages (a list of dicts, or a list of such lists).
             layers: fewer layers than the scope reads.
-            thinking: for chat messages, what the template gets as `enable_thinking`.
+            thinking: for chat messages, opens the assistant's turn with thinking on or off; None reads the messages
+                alone.
 
         Returns:
             A `TextFeatures`; for several inputs, or a (batch, tokens) tensor, a list of them in the order given.
@@ -136,7 +146,7 @@ class Scope:
         results = [text_features(text, by_layer) for text, by_layer in zip(texts, found, strict=True)]
         return results[0] if single else results
 
-    def check(self, texts: Any = None, *, layers: Sequence[int] | None = None) -> CheckReport:
+    def check(self, texts: Any = None, *, layers: Sequence[int] | int | None = None) -> CheckReport:
         """How well the SAEs fit the model, and which classic mistake explains it if they do not.
 
         Args:
@@ -150,12 +160,14 @@ class Scope:
         tokenized, _ = tokenize(SAMPLE_TEXTS if texts is None else texts, self.backbone.tokenizer)
         return check(self.backbone, self.suite, tokenized, wanted)
 
-    def _known(self, layers: Sequence[int]) -> list[int]:
+    def _known(self, layers: Sequence[int] | int) -> list[int]:
         """The layers asked for, in order, each of which both the suite and the model must have."""
+        if isinstance(layers, int):
+            layers = [layers]
         for layer in layers:
             if layer not in self.suite.layers:
                 raise QwenScopeError(
-                    f"expected layers out of {_short(self.suite.layers)} of {self.suite.name}, found {layer!r}; layers are "
+                    f"expected layers out of {ranges(self.suite.layers)} of {self.suite.name}, found {layer!r}; layers are "
                     "counted from 0"
                 )
             if layer >= len(self.backbone.layers):
@@ -164,14 +176,8 @@ class Scope:
                     f"{self.suite.name}; use the model the SAEs were trained on"
                 )
         if not layers:
-            raise QwenScopeError(f"expected at least one layer of {_short(self.suite.layers)}, found none; name some")
+            raise QwenScopeError(f"expected at least one layer of {ranges(self.suite.layers)}, found none; name some")
         return sorted(set(layers))
 
     def __repr__(self) -> str:
         return f"Scope({self.backbone!r}, {self.suite!r}, layers={self.layers})"
-
-
-def _short(layers: Sequence[int]) -> str:
-    ordered = sorted(layers)
-    whole = len(ordered) > 3 and ordered == list(range(ordered[0], ordered[-1] + 1))
-    return f"{ordered[0]} to {ordered[-1]}" if whole else str(ordered)

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from qwen_scope.checkpoint import (
     save_foreign,
     save_own,
 )
+from qwen_scope.devices import as_device
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.sae import Activation, TopKSAE
 
@@ -55,7 +56,7 @@ class Suite:
         self.provenance: dict[str, Any] = dict(contents.provenance)
         """How the SAEs came about, as their config tells it; empty if nothing does."""
         self._contents = contents
-        self._device = torch.device(device)
+        self._device = as_device(device)
         self._max_bytes = _half_of_memory(self._device) if max_bytes is None else max_bytes
         self._loaded: OrderedDict[int, TopKSAE] = OrderedDict()  # the least recently used first
         self._lock = threading.RLock()
@@ -98,8 +99,10 @@ class Suite:
                 f"expected a config.json in {title} or a name that says k (as SAE-Res-Qwen3.5-2B-Base-W32K-L0_50 "
                 "does), found neither; pass k="
             )
-        if k < 1:
-            raise QwenScopeError(f"expected k of at least 1, found {k}; pass the k the SAEs were trained with")
+        if not isinstance(k, int) or k < 1:
+            raise QwenScopeError(
+                f"expected a whole number k of at least 1, found {k!r}; pass the k the SAEs were trained with"
+            )
         activation = activation or contents.activation or "topk"
         if activation not in get_args(Activation):
             raise QwenScopeError(
@@ -160,8 +163,7 @@ class Suite:
         """
         if layer not in self:
             raise QwenScopeError(
-                f"expected one of the layers {_ranges(self.layers)} of {self.name}, found {layer!r}; choose one of "
-                "those"
+                f"expected one of the layers {ranges(self.layers)} of {self.name}, found {layer!r}; choose one of those"
             )
         with self._lock:
             if layer not in self._loaded:
@@ -197,7 +199,7 @@ class Suite:
 
     def __repr__(self) -> str:
         return (
-            f"Suite({self.name!r}, backbone={self.backbone!r}, layers {_ranges(self.layers)}, k={self.k}, "
+            f"Suite({self.name!r}, backbone={self.backbone!r}, layers {ranges(self.layers)}, k={self.k}, "
             f"activation={self.activation!r})"
         )
 
@@ -221,7 +223,8 @@ class Suite:
             dtype: `torch.float32` or `torch.bfloat16`; default as it is.
 
         Raises:
-            QwenScopeError: an unknown format, dtype or layer, or a folder that holds another suite.
+            QwenScopeError: an unknown format, dtype or layer, a folder that cannot be written or, for our two formats,
+                holds another suite.
         """
         if format not in get_args(Format):
             raise QwenScopeError(
@@ -262,13 +265,13 @@ def _chosen(layers: Iterable[int], contents: Contents, name: str) -> list[int]:
     missing = [layer for layer in wanted if layer not in contents.read]
     if missing or not wanted:
         raise QwenScopeError(
-            f"expected layers among {_ranges(sorted(contents.read))} of {name}, found {missing or 'none at all'}; "
+            f"expected layers among {ranges(sorted(contents.read))} of {name}, found {missing or 'none at all'}; "
             "choose some of those"
         )
     return wanted
 
 
-def _ranges(layers: list[int]) -> str:
+def ranges(layers: Sequence[int]) -> str:
     """Sorted numbers as a person writes them: 0-3, 7."""
     parts: list[list[int]] = []
     for layer in layers:

@@ -31,7 +31,7 @@ class LayerFeatures(SparseFeatures):
     """The place of each position in the text, from 0."""
 
     def __getitem__(self, positions: Any) -> LayerFeatures:
-        kept = torch.arange(len(self.tokens))[positions].flatten().tolist()
+        kept = torch.arange(len(self.tokens), device=self.indices.device)[positions].flatten().tolist()
         part = SparseFeatures(self.indices[positions], self.values[positions], self.d_sae)
         return LayerFeatures(
             part.indices,
@@ -64,7 +64,8 @@ class LayerFeatures(SparseFeatures):
         return list(found.values())
 
     def __repr__(self) -> str:
-        return render.layer_table(self)
+        few = self.k <= render.FEW_FEATURES
+        return render.layer_table(self, render.MANY_TOKENS, None if few else render.MANY_FEATURES)
 
     def _repr_html_(self) -> str:
         return render.layer_html(self)

@@ -42,7 +42,8 @@ def tokenize(
     chat messages as a list of dicts, or a list of such lists.
 
     Args:
-        thinking: passed to the chat template as `enable_thinking`; None leaves the template's default.
+        thinking: for messages, opens the assistant's turn with thinking on or off (`enable_thinking` of the template);
+            None reads the messages alone.
 
     Raises:
         QwenScopeError: nothing to read, another kind of input, or text without a tokenizer.
@@ -80,6 +81,13 @@ def _tokenize_one(item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinki
         raise QwenScopeError(
             f"expected text, token ids or chat messages, found {_describe(item)}; pass one kind at a time"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise QwenScopeError(
+            f"expected text that is valid Unicode, found {text[error.start]!a} at character {error.start}; decode the "
+            "bytes with their own encoding"
+        ) from error
     if not text:
         raise QwenScopeError("expected a text of at least one character, found an empty one; pass some text")
     # A chat template writes its own special tokens.
@@ -99,7 +107,8 @@ def _apply_template(messages: Sequence[Message], tokenizer: "PreTrainedTokenizer
         raise QwenScopeError(
             "expected a tokenizer with a chat template for chat messages, found one without; pass plain text instead"
         )
-    options = {} if thinking is None else {"enable_thinking": thinking}
+    # Qwen's templates look at enable_thinking only where they open the assistant's turn.
+    options = {} if thinking is None else {"enable_thinking": thinking, "add_generation_prompt": True}
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))  # pyright: ignore
     except Exception as error:  # whatever the template's own code raises

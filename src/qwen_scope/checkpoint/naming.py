@@ -6,6 +6,7 @@ from pathlib import Path
 from qwen_scope import catalog, hub
 from qwen_scope.checkpoint.contents import Contents, contents_of, layer_of_file, published_layers
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.files import is_file, is_folder
 
 
 def find(name: str | Path, revision: str | None, cache_dir: str | Path | None) -> tuple[Contents, str]:
@@ -19,12 +20,13 @@ def find(name: str | Path, revision: str | None, cache_dir: str | Path | None) -
     Raises:
         QwenScopeError: nothing of that name, or files that cannot be used.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(name)
+    if is_folder(path):
+        path = path.expanduser()
         folder = hub.Folder(path)
         return _completed(contents_of(folder), folder.name, str(folder.absolute))
-    if path.is_file():
-        return _single_file(path)
+    if is_file(path):
+        return _single_file(path.expanduser())
     group = catalog.find(str(name))
     repo_id = group.repo_id if group else str(name)
     if not hub.is_repo_id(repo_id):
@@ -35,7 +37,13 @@ def find(name: str | Path, revision: str | None, cache_dir: str | Path | None) -
             f"expected a folder, a file, a published group or a hub repository org/name, found {repo_id!r}; did you "
             f"mean {near}?"
         )
-    files = hub.files_of(repo_id, revision, cache_dir)
+    try:
+        files = hub.files_of(repo_id, revision, cache_dir)
+    except QwenScopeError as error:
+        near = " or ".join(catalog.nearest(repo_id))
+        if group or not near or not repo_id.lower().startswith("qwen/"):
+            raise
+        raise QwenScopeError(f"{error}, or did you mean {near}?") from error
     if group and isinstance(files, hub.Repository):
         return _completed(published_layers(files, range(group.n_layers)), repo_id, repo_id)
     return _completed(contents_of(files), repo_id, repo_id)

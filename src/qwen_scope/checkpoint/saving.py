@@ -30,9 +30,11 @@ def save_own(folder: Path, format: str, config: SuiteConfig, layers: Iterable[tu
         raise QwenScopeError(
             f"expected no other file for these layers in {folder}, found {', '.join(twice[:3])}; choose another folder"
         )
-    config = _joined(folder, config)
+    _joined(folder, config)
     for layer, weights in layers:
         write(folder / f"layer{layer}{ending}", weights)
+    # Read again: another process may have added its layers meanwhile.
+    config = _joined(folder, config)
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
 

@@ -51,6 +51,11 @@ def checked(tensors: Mapping[Any, Any], path: Path) -> Weights:
     """
     check_keys(tensors, Weights._fields, path)
     for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise QwenScopeError(
+                f"expected plain dense tensors in {path}, found {name} of layout {tensor.layout} on {tensor.device}; "
+                "save it with .to_dense()"
+            )
         if tensor.dtype not in (torch.float32, torch.bfloat16):
             raise QwenScopeError(
                 f"expected float32 or bfloat16 weights in {path}, found {name} of {tensor.dtype}; convert it with "
@@ -119,8 +124,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise QwenScopeError(f"expected a config at {path}, found no file; check the path") from error
+    except OSError as error:
+        raise QwenScopeError(
+            f"expected a config at {path}, found none that can be read ({error.strerror or error}); check the path"
+        ) from error
     except ValueError as error:
         raise QwenScopeError(f"expected JSON in {path}, found text that does not parse ({error}); repair it") from error
     if not isinstance(value, dict):

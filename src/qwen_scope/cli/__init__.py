@@ -35,3 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader of our output, such as `head`, has gone; Python would complain again while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        # What nobody foresaw of files and disks is still no reason for a traceback.
+        sys.stderr.write(
+            f"qwen-scope: expected to read and write files, found that it failed ({error}); check the path\n"
+        )
+        sys.exit(1)

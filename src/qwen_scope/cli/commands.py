@@ -76,6 +76,8 @@ class Features:
             raise QwenScopeError(f"expected --top of at least 1, found {self.top}; ask for one or more features")
         if self.save is not None and len(texts) > 1:
             raise QwenScopeError(f"expected a single text with --save, found {len(texts)}; save them one at a time")
+        from qwen_scope.render import layer_table
+
         scope = self.source.open()
         inputs = [[{"role": "user", "content": text}] for text in texts] if self.chat else texts
         results = scope.features(inputs)
@@ -87,7 +89,7 @@ class Features:
         for result in results:
             print(f"{result.text!r}")
             for layer in result:
-                print(f"\n{layer.top(self.top)}")
+                print(f"\n{layer_table(layer.top(self.top))}")
             print()
 
 
@@ -176,12 +178,11 @@ class Convert:
 
     def run(self) -> None:
         """Reads and writes, a layer at a time."""
-        import torch
-
+        from qwen_scope.devices import as_dtype
         from qwen_scope.suite import Suite
 
         suite = Suite.from_pretrained(self.source, k=self.k, layers=self.layers or None)
-        suite.save_pretrained(self.folder, self.format, dtype=getattr(torch, self.dtype) if self.dtype else None)
+        suite.save_pretrained(self.folder, self.format, dtype=as_dtype(self.dtype) if self.dtype else None)
         print(f"wrote layers {', '.join(map(str, suite.layers))} of {suite.name} to {self.folder} as {self.format}")
 
 
@@ -222,7 +223,8 @@ def given_texts(texts: tuple[str, ...], file: Path | None) -> list[str]:
         raise QwenScopeError(
             f"expected a file of UTF-8 text at {file}, found none that reads ({error}); check it"
         ) from error
-    lines = [line for line in content.splitlines() if line.strip()]
+    # Not splitlines(), which also cuts at form feeds and other characters within a line.
+    lines = [line for line in content.replace("\r\n", "\n").split("\n") if line.strip()]
     if not lines:
         raise QwenScopeError(f"expected lines of text in {file}, found none; write one text a line")
     return lines

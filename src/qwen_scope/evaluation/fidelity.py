@@ -140,5 +140,5 @@ class _Variance:
 def fvu(x: Float[Tensor, "tokens d_model"], x_hat: Float[Tensor, "tokens d_model"]) -> float:
     """Fraction of variance unexplained of one batch, as `Fidelity.fvu` defines it."""
     meter = _Variance(x.shape[1])
-    meter.update(x.double(), x_hat.double())
+    meter.update(x.cpu().double(), x_hat.cpu().double())
     return meter.fvu

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from qwen_scope.errors import QwenScopeError
 
-# The pre-activations of one chunk take this much. Larger chunks are no faster (measured from 64 to 1024 tokens at
-# 2048 -> 32768) and smaller ones starve the matrix product.
-CHUNK_BYTES = 32 * 2**20
+CHUNK_TOKENS = 1024
+"""Tokens whose pre-activations are computed together: each reads the whole encoder once."""
+BLOCK_BYTES = 32 * 2**20
+"""Pre-activations, or weights converted to float32, held at a time."""
 
 
 def encode(
@@ -23,18 +24,16 @@ def encode(
 ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
     """The k largest of `x @ W_enc.T + b_enc` for each token, strongest first.
 
-    Computed in float32 whatever the dtypes given, a chunk of tokens at a time, so that no (tokens, d_sae) matrix
-    ever exists. Equal pre-activations are ordered by the lower feature index, so the result is defined even there.
-    Values are the raw pre-activations and may be negative where fewer than k are positive. Differentiable.
+    Computed in float32 whatever the dtypes given, a block of tokens and features at a time, so that no (tokens, d_sae)
+    matrix ever exists. Equal pre-activations are ordered by the lower feature index, so the result is defined even
+    there. Values are the raw pre-activations and may be negative where fewer than k are positive. Differentiable.
 
     Source: the model card's `get_feature_acts`.
 
     Raises:
         QwenScopeError: a token's pre-activations hold a NaN or an infinity.
     """
-    W, b = W_enc.float(), b_enc.float()
-    chunk = max(1, CHUNK_BYTES // (4 * len(b)))
-    parts = [_top_k(F.linear(rows.float(), W, b), k) for rows in x.split(chunk)]
+    parts = [_encode_chunk(rows.float(), W_enc, b_enc, k) for rows in x.split(CHUNK_TOKENS)]
     indices = torch.cat([part[0] for part in parts])
     values = torch.cat([part[1] for part in parts])
     # topk puts NaN and +inf first, so a bad row always shows among the values kept.
@@ -48,7 +47,29 @@ def encode(
     return indices, values
 
 
-def _top_k(pre: Float[Tensor, "tokens d_sae"], k: int) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+def _encode_chunk(
+    x: Float[Tensor, "tokens d_model"], W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], k: int
+) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    block = BLOCK_BYTES // (4 * len(x))
+    if W_enc.dtype != torch.float32:
+        block = min(block, BLOCK_BYTES // (4 * x.shape[1]))
+    block = max(block, 1)
+    best: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(b_enc), block):
+        rows = slice(start, start + block)
+        indices, values = _top_k(F.linear(x, W_enc[rows].float(), b_enc[rows].float()), k)
+        best.append((indices + start, values))
+    if len(best) == 1:
+        return best[0]
+    # Blocks are in order of their features and each in order of its values, equal ones by index: so is what a stable
+    # sort makes of them.
+    values, place = torch.cat([part[1] for part in best], dim=1).sort(dim=1, descending=True, stable=True)
+    return torch.cat([part[0] for part in best], dim=1).gather(1, place[:, :k]), values[:, :k]
+
+
+def _top_k(
+    pre: Float[Tensor, "tokens features"], k: int
+) -> tuple[Int[Tensor, "tokens kept"], Float[Tensor, "tokens kept"]]:
     # One more than k shows a tie across the border; torch.topk itself promises no order among equals.
     values, indices = pre.topk(min(k + 1, pre.shape[1]), dim=1)
     tied = (values[:, 1:] == values[:, :-1]).any(dim=1)
@@ -73,5 +94,9 @@ def decode(
 
     Differentiable in `values`, `decoder` and `b_dec`.
     """
-    x_hat = F.embedding_bag(indices, decoder.float(), per_sample_weights=values.float(), mode="sum")
+    if decoder.dtype != torch.float32:
+        # Only the rows that are needed are converted.
+        needed, indices = indices.unique(return_inverse=True)
+        decoder = decoder[needed].float()
+    x_hat = F.embedding_bag(indices, decoder, per_sample_weights=values.float(), mode="sum")
     return x_hat + b_dec.float()

@@ -26,12 +26,12 @@ def harvest_residuals(
     shard_tokens: int = 65536,
     part: tuple[int, int] = (0, 1),
 ) -> None:
-    """Writes the residuals of the first `tokens` tokens to `folder/shard-00000.safetensors`, `-00001`, …
+    """Writes the residuals of the first `tokens` tokens, rounded up to whole shards, to `folder/shard-*.safetensors`.
 
     Texts are cut into pieces of at most `context` tokens that never cross a text's end. Each piece's position 0 is
     left out (an attention sink, in training as in the report) and counts for nothing. Each shard holds one bf16
     (tokens, d_model) tensor `layer{n}` per layer and is written atomically; shards already there are not made again,
-    so a killed run goes on where it was.
+    so a killed run goes on where it was; another corpus, context or choice of layers needs another folder.
 
     Args:
         part: (i, n) makes only every n-th shard, from the i-th: n processes with one thread each share a harvest better
@@ -91,6 +91,18 @@ def shards(folder: Path) -> list[Path]:
 
 
 def load_residuals(paths: Iterable[Path], layer: int) -> Float[Tensor, "tokens d_model"]:
-    """One layer's residuals of some shards, bf16, the norm outliers of each shard left out."""
-    parts = (read_safetensors(path)[0][f"layer{layer}"] for path in paths)
-    return torch.cat([x[~norm_outliers(x)] for x in parts])
+    """One layer's residuals of some shards, bf16, the norm outliers of each shard left out.
+
+    Raises:
+        QwenScopeError: a layer that was not harvested.
+    """
+    kept = []
+    for path in paths:
+        tensors, _ = read_safetensors(path)
+        if f"layer{layer}" not in tensors:
+            raise QwenScopeError(
+                f"expected layer {layer} in {path}, found {', '.join(sorted(tensors))}; harvest that layer too"
+            )
+        x = tensors[f"layer{layer}"]
+        kept.append(x[~norm_outliers(x)])
+    return torch.cat(kept)

@@ -37,7 +37,7 @@ def autoencode(
     Args:
         decoder: `W_dec.T`, one contiguous row per feature.
         product_dtype: of the encoder's matrix product, the costly part; bfloat16 is about twice as fast as float32
-            and moves only features near rank k.
+            on processors that have it; it rounds the activations and moves features near rank k.
     """
     made: Any = _TopKAutoencode.apply(x, W_enc, b_enc, decoder, b_dec, k, product_dtype)
     return Autoencoded(*made)

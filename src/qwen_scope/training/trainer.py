@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen_scope.devices import as_dtype
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.sae import TopKSAE
 from qwen_scope.training.autoencode import Autoencoded, autoencode
@@ -44,6 +45,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.d_sae:
             raise QwenScopeError(f"expected k from 1 to d_sae = {self.d_sae}, found {self.k}; choose a smaller k")
+        for name in ("batch", "epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise QwenScopeError(f"expected {name} above 0, found {getattr(self, name)}; choose a larger one")
+        as_dtype(self.product_dtype)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class SAETrainer:
         peak = config.learning_rate / math.sqrt(config.d_sae / 2**14)
         self.optimizer = torch.optim.Adam(self.parameters, lr=peak, betas=(0.9, 0.999), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: self._rate(step, steps))
-        self.product_dtype = getattr(torch, config.product_dtype)
+        self.product_dtype = as_dtype(config.product_dtype)
         self.tokens_seen = 0
         self.last_fired = torch.zeros(config.d_sae, dtype=torch.long)
 
