@@ -408,7 +408,8 @@ def test_indexing_keeps_the_tokens(found):
         assert part.tokens == tuple(found.tokens[i] for i in kept)
         assert torch.equal(part.indices, layer.indices[index])
         assert part.layer == 1
-        assert repr(part).count("\n") == 1 + len(kept)
+        # A position 0 comes with a line about what it is.
+        assert repr(part).count("\n") == 1 + len(kept) + (0 in kept)
     mask = torch.tensor([False, True] * 3)
     assert layer[mask].positions == (1, 3, 5)
     assert layer[2].shape == ()
@@ -448,7 +449,10 @@ def test_strongest(found):
 
 def test_readable_repr(found, scope):
     summary = repr(found)
-    assert summary.splitlines()[0] == f"TextFeatures({TEXT!r}, 6 tokens, layers [0, 1, 2])"
+    assert (
+        summary.splitlines()[0]
+        == f"TextFeatures({TEXT!r}, 6 tokens, layers [0, 1, 2]); strongest, position 0 left out:"
+    )
     name, value, at = found[1].strongest(1)[0]
     assert f"  layer 1: {name} {value:.4g} at {found.tokens[at]!r}" in summary
     table = repr(found[1].top(2)).splitlines()
@@ -459,7 +463,7 @@ def test_readable_repr(found, scope):
     )
     long = scope.features([5] * 60)
     assert "20 more tokens" in repr(long[0])
-    assert len(repr(long[0]).splitlines()) == 43
+    assert len(repr(long[0]).splitlines()) == 44
     assert len(repr(long)) < 1000
 
 

@@ -55,7 +55,7 @@ class Backbone:
         revision: str | None = None,
         cache_dir: str | None = None,
     ) -> "Backbone":
-        """Loads a model and its tokenizer by hub id or folder; without a name, the bundled one.
+        """Loads a model and its tokenizer by hub id or folder; without a name, or as `bundled`, the bundled one.
 
         Args:
             dtype: what the model computes in. The card's arithmetic is float32; bfloat16 halves the memory and moves
@@ -71,7 +71,7 @@ class Backbone:
         from qwen_scope.hub import is_repo_id, local_mirror
 
         place = as_device(device or "cpu")
-        if name is None:
+        if name is None or name == "bundled":
             from qwen_scope.bundled import model_folder
 
             name = str(model_folder())
@@ -88,10 +88,13 @@ class Backbone:
             )
         # A damaged file or config can make the libraries below raise nearly anything.
         except Exception as error:
+            advice = (
+                "pass a whole folder with config.json and safetensors, or delete it if it is the bundled model's in the cache"
+                if is_folder(source)
+                else "pass a hub id or a folder, or set QWEN_SCOPE_MIRROR to a folder laid out as {org}/{name}/files"
+            )
             raise QwenScopeError(
-                f"expected a causal language model as {name!r}, found none that loads ({reason(error)}); pass a "
-                "hub id or a whole folder with config.json and safetensors, and if this is the bundled model in the cache, "
-                "delete its folder"
+                f"expected a causal language model as {name!r}, found none that loads ({reason(error)}); {advice}"
             ) from error
         model, loading = loaded
         if missing := sorted(loading["missing_keys"]):

@@ -28,13 +28,19 @@ def layer_table(found: LayerFeatures, most_tokens: int | None = None, most_featu
         lines.append(f"{position:>4}  {name:<{width}}  {pairs}")
     left_out = [f"{len(found.tokens) - rows} more tokens"] * (rows < len(found.tokens))
     left_out += [f"{found.k - shown} more features a token"] * (shown < found.k)
-    return "\n".join([*lines, *([f"      … {', '.join(left_out)}"] if left_out else [])])
+    if left_out:
+        lines.append(f"      … {', '.join(left_out)}")
+    if 0 in found.positions:
+        lines.append(
+            "      position 0 is an attention sink, as is any token with values far above the rest: they mean little"
+        )
+    return "\n".join(lines)
 
 
 def text_summary(found: TextFeatures) -> str:
     """A line for the text, then each layer's strongest features."""
     text = found.text if len(found.text) <= 60 else found.text[:57] + "…"
-    lines = [f"TextFeatures({text!r}, {len(found)} tokens, layers {found.layers})"]
+    lines = [f"TextFeatures({text!r}, {len(found)} tokens, layers {found.layers}); strongest, position 0 left out:"]
     for layer in found:
         strongest = (f"{name} {value:.4g} at {found.tokens[at]!r}" for name, value, at in layer.strongest(4))
         lines.append(f"  layer {layer.layer}: " + ", ".join(strongest))

@@ -109,7 +109,7 @@ class Suite:
                 f"expected activation 'topk' or 'topk_relu', found {activation!r}; choose one of the two"
             )
         if layers is not None:
-            read = {layer: contents.read[layer] for layer in _chosen(layers, contents, title)}
+            read = {layer: contents.read[layer] for layer in _chosen(layers, contents, contents.name or title)}
             contents = replace(contents, read=read)
         return Suite(contents, contents.name or title, k, activation, device, max_bytes)
 

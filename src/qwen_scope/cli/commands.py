@@ -25,7 +25,7 @@ class Source:
     """Which model is read through which SAEs."""
 
     model: str | None = None
-    """Language model: hub id or folder. Default: the suite's own backbone, or the bundled model."""
+    """Language model: hub id, folder, or `bundled`. Default: the suite's own backbone, or the bundled model."""
     suite: str | None = None
     """SAEs: hub id, catalogue name (see `qwen-scope suites`), folder or file. Default: the bundled suite."""
     layers: Layers = ()
@@ -184,6 +184,8 @@ class Convert:
         suite = Suite.from_pretrained(self.source, k=self.k, layers=self.layers or None)
         suite.save_pretrained(self.folder, self.format, dtype=as_dtype(self.dtype) if self.dtype else None)
         print(f"wrote layers {', '.join(map(str, suite.layers))} of {suite.name} to {self.folder} as {self.format}")
+        if "model_file_sha256" in suite.provenance and self.format in ("sae-lens", "sparsify"):
+            print("this format cannot say that the SAEs belong to the bundled model; read them with --model bundled")
 
 
 @dataclass(frozen=True)
@@ -251,8 +253,10 @@ def _finite(value: Any) -> Any:
 
 def quiet_loading() -> None:
     """Silences transformers' bars where nobody watches, and its advice, which is not about anything the user did."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

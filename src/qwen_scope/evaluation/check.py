@@ -84,7 +84,7 @@ class CheckReport:
         tokens = self.layers[0].fidelity.tokens
         lines = [
             f"{self.suite} on {self.model}: {self.texts} texts, {tokens} tokens; position 0 and norm outliers left out "
-            "where not said otherwise",
+            "where not said otherwise; another sample of text gives other figures",
             f"{'layer':>5} {'k':>4} {'L0':>6} {'FVU':>7} {'FVU+out':>7} {'FVU all':>7} {'cosine':>6} {'loss':>6} {'spliced':>7} "
             f"{'zeroed':>6} {'recovered':>9} {'short':>5} {'outliers':>8} {'never':>6} {'always':>6}",
         ]
@@ -97,8 +97,8 @@ class CheckReport:
                 f"{len(f.always_fired):>6}"
             )
         lines.append(
-            "FVU: fraction of variance unexplained (+out: with norm outliers, all: with position 0 too); loss in nats a "
-            "token; short: rows with fewer than k positive pre-activations, where topk and topk_relu differ"
+            "FVU: fraction of variance unexplained, 1 - variance explained (+out: with norm outliers, all: with position 0 "
+            "too); loss in nats a token; short: rows with fewer than k positive pre-activations, where topk and topk_relu differ"
         )
         found = [f"layer {row.layer}: {mistake}" for row in self.layers for mistake in row.mistakes]
         lines += [f"MISTAKE at {line}" for line in found] or ["no mistake found"]
