@@ -340,3 +340,10 @@ def test_a_folder_of_an_encoder(tmp_path, one_sentence, tokenizer):
     with pytest.raises(QwenScopeError) as error:
         Backbone.from_pretrained(str(tmp_path))
     one_sentence(error, str(tmp_path))
+
+
+def test_a_folder_in_the_users_home(tmp_path, monkeypatch, llama, tokenizer):
+    llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(Backbone.from_pretrained("~/model").layers) == len(Backbone(llama).layers)

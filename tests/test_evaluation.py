@@ -413,3 +413,8 @@ def test_the_mistakes_do_harm(trained, residuals):
     good = fvu(x, trained[0](x))
     for mistake in (make.b_dec_subtracted, make.b_dec_not_subtracted, make.decoder_transposed, make.encoder_transposed):
         assert fvu(x, mistake(trained[0])(x)) > 1.2 * good
+
+
+def test_a_model_without_an_output_head_cannot_be_checked(llama, suite, tokenizer):
+    with pytest.raises(QwenScopeError, match="load it with AutoModelForCausalLM"):
+        Scope(llama.model, suite, tokenizer=tokenizer).check(["the capital of France"])

@@ -6,6 +6,7 @@ The one place that knows where decoder layers live and what they return.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,7 @@ class Backbone:
             from qwen_scope.bundled import model_folder
 
             name = str(model_folder())
-        source = name if is_folder(name) else str(local_mirror(name) or name)
+        source = str(Path(name).expanduser() if is_folder(name) else local_mirror(name) or name)
         if not is_folder(source) and not is_repo_id(source):
             raise QwenScopeError(
                 f"expected the folder of a language model at {name}, found no folder there; check the path"

@@ -110,7 +110,7 @@ def check(backbone: Backbone, suite: Suite, texts: Sequence[TokenizedText], laye
     """Measures SAEs on texts; see `CheckReport` and `LayerCheck` for what the figures mean.
 
     Raises:
-        QwenScopeError: no text has two tokens, or one is longer than the model's context.
+        QwenScopeError: no text has two tokens, one is longer than the model's context, or the model predicts nothing.
     """
     if all(len(text) < 2 for text in texts):
         raise QwenScopeError(
@@ -202,9 +202,15 @@ def _loss(backbone: Backbone, batch: Batch, edits: dict[int, Callable[[Tensor], 
     mask = batch.attention_mask
     device = backbone.device
     with backbone.editing(edits):
-        logits = backbone.model(
+        output = backbone.model(
             input_ids=batch.ids.to(device), attention_mask=None if mask is None else mask.to(device), use_cache=False
-        ).logits
+        )
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise QwenScopeError(
+            f"expected a model that predicts tokens, found {type(backbone.model).__name__} without an output head; load it "
+            "with AutoModelForCausalLM"
+        )
     # A token is a target if it is real; padding is on the right, so its predecessor is real too.
     targets = batch.ids[:, 1:].to(logits.device).where(batch.real[:, 1:].to(logits.device), -100)
     total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum")

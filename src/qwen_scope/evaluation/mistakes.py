@@ -51,7 +51,7 @@ def find_mistakes(sae: TopKSAE, layer: int, residuals: Mapping[int, Float[Tensor
     if abs(best_length(sae, x, sae.k) - 1) >= LENGTH_OFF:
         k = _trained_k(sae, x)
         left = fvu(x, sae.decode(sae.encode(x, k=k)))
-        if left <= GOOD_ENOUGH:
+        if k != sae.k and left <= GOOD_ENOUGH:
             return [
                 f"k wrong: k = {sae.k} is too {'small' if k > sae.k else 'large'}, the SAE seems trained with k = {k} "
                 f"(variance unexplained {left:.3f} instead of {measured:.3f})"
