@@ -16,7 +16,12 @@ test: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 bench: $(VENV)/.installed
+	mkdir -p build
 	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/encode.py --threads 1
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/layers.py --folder build
+	$(BIN)/python benchmarks/load.py --folder build
 	$(BIN)/python benchmarks/table.py
 
 docs: $(VENV)/.installed-dev

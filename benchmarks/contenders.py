@@ -1,5 +1,7 @@
 """What is compared: the same SAE held by qwen_scope, by the model card's snippet, and by real peers if installed.
 
+qwen_scope is there twice: with the kernel it chooses, and with its reference, which that choice has to beat.
+
 Each contender owns its weights, in the layout its own loader gives them, filled with the same numbers.
 """
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from qwen_scope import __version__
 from qwen_scope.features import SparseFeatures
+from qwen_scope.kernels import Kernel
 from qwen_scope.sae import TopKSAE
 
 BLOCK_ROWS = 256
@@ -24,10 +27,17 @@ class Sizes:
     d_model: int
     d_sae: int
     k: int
+    decodes: bool = True
+    """Without, nothing is written into the decoder, which then takes no memory."""
 
 
 class Contender(Protocol):
     def __init__(self, sizes: Sizes, seed: int) -> None: ...
+
+    @property
+    def kept_bytes(self) -> int:
+        """What it keeps beside the weights from its first use on."""
+        ...
 
     def encode(self, x: Tensor) -> Any:
         """Whatever form of features this contender gives its users."""
@@ -43,11 +53,25 @@ class Contender(Protocol):
 
 
 class QwenScope:
+    kernel: Kernel | None = None
+
     def __init__(self, sizes: Sizes, seed: int) -> None:
         # W_dec with contiguous rows, as the first decode would lay it out: that is done once per SAE.
         rows, bias = torch.empty(sizes.d_sae, sizes.d_model), torch.empty(sizes.d_sae)
-        self.sae = TopKSAE(torch.empty_like(rows), rows.T, bias, torch.empty(sizes.d_model), k=sizes.k)
-        fill(seed, self.sae.W_enc, self.sae.W_dec.T, self.sae.b_enc, self.sae.b_dec)
+        weights = (torch.empty_like(rows), rows.T, bias, torch.empty(sizes.d_model))
+        self.sae = TopKSAE(*weights, k=sizes.k, kernel=self.kernel)
+        fill(sizes, seed, self.sae.W_enc, self.sae.W_dec.T, self.sae.b_enc, self.sae.b_dec)
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.sae.encoder.nbytes
+
+    @property
+    def choice(self) -> dict[str, str]:
+        """Which kernel runs, and why."""
+        choice = self.sae.encoder.choice
+        assert choice is not None, "nothing was encoded yet"
+        return {"kernel": choice.kernel, "why": choice.why}
 
     def encode(self, x: Tensor) -> SparseFeatures:
         return self.sae.encode(x)
@@ -59,13 +83,19 @@ class QwenScope:
         return encoded.indices, encoded.values
 
 
+class QwenScopeReference(QwenScope):
+    kernel = "reference"
+
+
 class Card:
+    kept_bytes = 0
+
     def __init__(self, sizes: Sizes, seed: int) -> None:
         self.k = sizes.k
         self.W_enc = torch.empty(sizes.d_sae, sizes.d_model)
         self.W_dec = torch.empty(sizes.d_model, sizes.d_sae)
         self.b_enc, self.b_dec = torch.empty(sizes.d_sae), torch.empty(sizes.d_model)
-        fill(seed, self.W_enc, self.W_dec.T, self.b_enc, self.b_dec)
+        fill(sizes, seed, self.W_enc, self.W_dec.T, self.b_enc, self.b_dec)
 
     def encode(self, x: Tensor) -> Tensor:
         return card.get_feature_acts(x, self.W_enc, self.b_enc, self.k)
@@ -79,6 +109,8 @@ class Card:
 
 
 class SAELens:
+    kept_bytes = 0
+
     def __init__(self, sizes: Sizes, seed: int) -> None:
         topk_sae = import_module("sae_lens.saes.topk_sae")
         config = topk_sae.TopKSAEConfig(
@@ -91,7 +123,7 @@ class SAELens:
         )
         self.k = sizes.k
         self.sae = topk_sae.TopKSAE(config)
-        fill(seed, self.sae.W_enc.T, self.sae.W_dec, self.sae.b_enc, self.sae.b_dec)
+        fill(sizes, seed, self.sae.W_enc.T, self.sae.W_dec, self.sae.b_enc, self.sae.b_dec)
 
     def encode(self, x: Tensor) -> Tensor:
         return self.sae.encode(x)
@@ -105,12 +137,14 @@ class SAELens:
 
 
 class Sparsify:
+    kept_bytes = 0
+
     def __init__(self, sizes: Sizes, seed: int) -> None:
         sparsify = import_module("sparsify")
         # As a transcoder it does not subtract b_dec, which the published SAEs do not either.
         config = sparsify.SparseCoderConfig(num_latents=sizes.d_sae, k=sizes.k, transcode=True)
         self.sae = sparsify.SparseCoder(sizes.d_model, config)
-        fill(seed, self.sae.encoder.weight, self.sae.W_dec, self.sae.encoder.bias, self.sae.b_dec)
+        fill(sizes, seed, self.sae.encoder.weight, self.sae.W_dec, self.sae.encoder.bias, self.sae.b_dec)
 
     def encode(self, x: Tensor) -> Any:
         return self.sae.encode(x)
@@ -125,6 +159,7 @@ class Sparsify:
 
 CONTENDERS: dict[str, type[Contender]] = {
     "qwen_scope": QwenScope,
+    "qwen_scope_reference": QwenScopeReference,
     "card": Card,
     "sae_lens": SAELens,
     "sparsify": Sparsify,
@@ -133,21 +168,31 @@ PEERS = {"sae_lens": "sae-lens", "sparsify": "eai-sparsify"}
 """Optional contenders: module -> distribution."""
 
 
-def installed() -> dict[str, str]:
-    """The contenders this interpreter can run, and what to call them in print."""
-    peers = {name: f"{dist} {metadata.version(dist)}" for name, dist in PEERS.items() if util.find_spec(name)}
-    return {"qwen_scope": f"qwen_scope {__version__}", "card": "the card's snippet"} | peers
+OWN = {
+    "qwen_scope": f"qwen_scope {__version__}",
+    "qwen_scope_reference": "our reference",
+    "card": "the card's snippet",
+}
+
+
+def peers() -> dict[str, str]:
+    """The peers this interpreter has, and what to call them in print."""
+    return {name: f"{dist} {metadata.version(dist)}" for name, dist in PEERS.items() if util.find_spec(name)}
+
+
+def missing_peers() -> list[str]:
+    return [dist for name, dist in PEERS.items() if name not in peers()]
 
 
 @torch.no_grad()
-def fill(seed: int, W_enc: Tensor, decoder_rows: Tensor, b_enc: Tensor, b_dec: Tensor) -> None:
+def fill(sizes: Sizes, seed: int, W_enc: Tensor, decoder_rows: Tensor, b_enc: Tensor, b_dec: Tensor) -> None:
     """The one SAE every contender holds, written in place: rows of norm 1 in random directions, Gaussian biases.
 
     Args:
         W_enc: (d_sae, d_model), any strides.
         decoder_rows: (d_sae, d_model), any strides.
     """
-    for offset, matrix in enumerate((W_enc, decoder_rows)):
+    for offset, matrix in enumerate((W_enc, decoder_rows) if sizes.decodes else (W_enc,)):
         generator = torch.Generator().manual_seed(seed + offset)
         for block in matrix.split(BLOCK_ROWS):
             rows = torch.randn(block.shape, generator=generator)

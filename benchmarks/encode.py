@@ -1,37 +1,36 @@
 """Time and peak memory of encode and of encode + decode against the model card's snippet, and peers if installed.
 
-`python benchmarks/encode.py` takes some minutes and writes benchmarks/results/encode.json; with `--quick` it runs tiny
-sizes in some seconds, to see whether it runs.
+`python benchmarks/encode.py` takes a quarter of an hour and writes benchmarks/results/encode.json. With `--threads 1` it
+takes times alone, on one thread. With `--large` it takes times of encoding alone at 5120 -> 81920, in 16 GB of memory.
+With `--quick` it runs tiny sizes in some seconds, to see whether it runs.
 
-Times are taken in one process, in rounds that run every contender once, every other round in reverse order, after a
-warm-up whose results are compared. Machines drift; the ratio within a round drifts little, so the figure to read is
-the median of the rounds' ratios. Peaks are taken in a fresh process each (see memory.py).
+Times are taken in one process, in rounds (see timing.py), after a warm-up whose results are compared. Peaks are taken in
+a fresh process each (see memory.py).
 """
 
-import argparse
-import json
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median, quantiles
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import commandline
+import fresh
 import machine
 import memory
 import torch
-from contenders import CONTENDERS, PEERS, Contender, Sizes, installed, residuals
+from agreement import same_features, same_reconstruction
+from contenders import CONTENDERS, OWN, Contender, QwenScope, Sizes, missing_peers, peers, residuals
+from timing import OURS, time_case
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "encode.json"
-OURS = "qwen_scope"
-TOLERANCE = 1e-5
-Pairs = tuple[Tensor, Tensor]
+BOTH = ("encode", "encode + decode")
+FIRST_USES = (1, 3)
+"""Numbers of tokens that bring in every code path before memory is measured."""
 
 
 @dataclass(frozen=True)
 class Plan:
     sizes: Sizes
+    operations: tuple[str, ...] = BOTH
     tokens: tuple[int, ...] = (1, 128, 1024, 4096)
     memory_tokens: tuple[int, ...] = (1, 128, 1024, 4096)
     seed: int = 0
@@ -40,68 +39,53 @@ class Plan:
 
 
 FULL = Plan(Sizes(d_model=2048, d_sae=32768, k=50))
+LARGE = Plan(Sizes(5120, 81920, 100, decodes=False), operations=("encode",), tokens=(128,), memory_tokens=())
 QUICK = Plan(Sizes(d_model=64, d_sae=512, k=8), tokens=(1, 16), memory_tokens=(16,), seconds_per_case=0.05)
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    names = installed()
+    labels = OWN | peers()
+    contenders, results = time_all(plan, labels)
     return {
         "benchmark": "encode",
         "machine": machine.describe(),
         "parameters": asdict(plan) | {"dtype": "float32", "residuals": "Gaussian", "rows": "random, norm 1"},
-        "contenders": names,
-        "not_installed": [dist for name, dist in PEERS.items() if name not in names],
+        "contenders": contenders,
+        "not_installed": missing_peers(),
         "memory_method": memory.method(),
-        "results": with_peaks(time_all(plan, list(names)), plan, list(names)),
+        "results": with_peaks(results, plan, list(labels)),
     }
 
 
 @torch.no_grad()
-def time_all(plan: Plan, names: list[str]) -> list[dict[str, Any]]:
-    contenders = {name: CONTENDERS[name](plan.sizes, plan.seed) for name in names}
-    results = []
-    for operation in memory.OPERATIONS:
-        for tokens in plan.tokens:
-            x = residuals(tokens, plan.sizes.d_model, plan.seed)
-            agreement = compare(contenders, operation, x)  # also the warm-up
-            calls = {name: lambda c=c, x=x, op=operation: memory.apply(c, op, x) for name, c in contenders.items()}
-            result = {"operation": operation, "tokens": tokens, **time_case(calls, plan), "agreement": agreement}
-            results.append(result)
-            print(operation, tokens, {name: f"{r:.2f}x" for name, r in result["times_as_fast"].items()}, flush=True)
-    return results
+def time_all(plan: Plan, labels: dict[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the contenders are, known once they have run, and the results."""
+    contenders = {name: CONTENDERS[name](plan.sizes, plan.seed) for name in labels}
+    results = [
+        time_one(contenders, operation, residuals(tokens, plan.sizes.d_model, plan.seed), plan)
+        for operation in plan.operations
+        for tokens in plan.tokens
+    ]
+    return {name: described(contender, labels[name]) for name, contender in contenders.items()}, results
 
 
-def time_case(calls: dict[str, Callable[[], object]], plan: Plan) -> dict[str, Any]:
-    """Median seconds of each call, and how many times as fast as each of the others ours is."""
-    rounds: list[dict[str, float]] = []
-    start = time.perf_counter()
-    while len(rounds) < plan.min_rounds or time.perf_counter() - start < plan.seconds_per_case:
-        order = list(calls) if len(rounds) % 2 == 0 else list(calls)[::-1]
-        rounds.append({name: seconds(calls[name]) for name in order})
-    ratios = {name: [r[name] / r[OURS] for r in rounds] for name in calls if name != OURS}
-    return {
-        "rounds": len(rounds),
-        "seconds": {name: short(median(r[name] for r in rounds)) for name in calls},
-        "times_as_fast": {name: short(median(values)) for name, values in ratios.items()},
-        "times_as_fast_quartiles": {name: quartiles(values) for name, values in ratios.items()},
+def time_one(contenders: dict[str, Contender], operation: str, x: Tensor, plan: Plan) -> dict[str, Any]:
+    agreement = compare(contenders, operation, x)  # also the warm-up
+    calls: dict[str, Callable[[], object]] = {
+        name: lambda contender=contender: apply(contender, operation, x) for name, contender in contenders.items()
     }
+    timed = time_case(calls, plan.seconds_per_case, plan.min_rounds)
+    print(operation, len(x), {name: f"{r:.2f}x" for name, r in timed["times_as_fast"].items()}, flush=True)
+    return {"operation": operation, "tokens": len(x), **timed, "agreement": agreement}
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """The lower and the upper: half of the rounds lie between."""
-    return [short(value) for value in quantiles(values, n=4, method="inclusive")[::2]]
+def described(contender: Contender, label: str) -> dict[str, Any]:
+    choice = contender.choice if isinstance(contender, QwenScope) else {}
+    return {"label": label, "kept_beside_weights_mib": round(contender.kept_bytes / memory.MIB, 1), **choice}
 
 
-def short(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    result = call()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
+def apply(contender: Contender, operation: str, x: Tensor) -> object:
+    return contender.encode(x) if operation == "encode" else contender.reconstruct(x)
 
 
 def compare(contenders: dict[str, Contender], operation: str, x: Tensor) -> dict[str, Any]:
@@ -117,72 +101,33 @@ def compare(contenders: dict[str, Contender], operation: str, x: Tensor) -> dict
     return {name: same_reconstruction(name, x_hat[OURS], x_hat[name]) for name in x_hat if name != OURS}
 
 
-def same_features(name: str, ours: Pairs, theirs: Pairs) -> dict[str, Any]:
-    """The same set of features in every row, and each feature's value the same to 1e-5 relative.
-
-    The kth and the next feature of a row may be closer than float32 rounds; two products that add up in another order
-    may then keep another of the two. Such a row counts as a near tie if its sorted values agree all the same.
-    """
-    (our_indices, our_values), (their_indices, their_values) = by_feature(*ours), by_feature(*theirs)
-    same = (our_indices == their_indices).all(dim=1)
-    of_features = relative(our_values[same], their_values[same])
-    of_sorted = relative(our_values[~same].sort().values, their_values[~same].sort().values)
-    refuse(name, "features", max(of_features, of_sorted) <= TOLERANCE, same)
-    return {
-        "rows": len(same),
-        "rows_with_same_features": int(same.sum()),
-        "rows_with_near_ties": int((~same).sum()),
-        "largest_relative_difference": short(of_features),
-    }
-
-
-def same_reconstruction(name: str, ours: Tensor, theirs: Tensor) -> dict[str, Any]:
-    """The distance between two reconstructions of a token, relative to its length. A near tie shows here."""
-    distance = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
-    same = distance <= TOLERANCE
-    refuse(name, "reconstructions", True, same)
-    return {
-        "rows": len(same),
-        "rows_with_same_output": int(same.sum()),
-        "largest_relative_difference": short(distance[same].max().item() if same.any() else 0.0),
-    }
-
-
-def refuse(name: str, what: str, values_agree: bool, same: Tensor) -> None:
-    """More than the rare near tie is another result."""
-    different = int((~same).sum())
-    if not values_agree or different > max(1, len(same) // 1000):
-        raise SystemExit(f"{name} gives other {what} than {OURS} in {different} of {len(same)} rows, or other values")
-
-
-def by_feature(indices: Tensor, values: Tensor) -> Pairs:
-    indices, order = indices.sort(dim=1)
-    return indices, values.gather(1, order)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs() / b.abs()).max().item() if a.numel() else 0.0
-
-
 def with_peaks(results: list[dict[str, Any]], plan: Plan, names: list[str]) -> list[dict[str, Any]]:
     for result in results:
         if result["tokens"] in plan.memory_tokens:
-            case = (result["operation"], result["tokens"], plan.sizes, plan.seed)
-            result["peak_mib"] = {name: memory.measure(name, *case) for name in names}
+            case = (result["operation"], result["tokens"], asdict(plan.sizes), plan.seed)
+            result["peak_mib"] = {name: fresh.call(peak_mib, name, *case) for name in names}
             print(result["operation"], result["tokens"], result["peak_mib"], "MiB", flush=True)
     return results
 
 
+@torch.no_grad()
+def peak_mib(name: str, operation: str, tokens: int, sizes: dict[str, Any], seed: int) -> float:
+    """The peak of one operation above the weights and what is kept beside them; for a fresh process."""
+    contender, d_model = CONTENDERS[name](Sizes(**sizes), seed), sizes["d_model"]
+    for few in FIRST_USES:
+        apply(contender, operation, residuals(few, d_model, seed))
+    x = residuals(tokens, d_model, seed)
+    return memory.peak_above_mib(lambda: apply(contender, operation, x))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; written only where --out says")
-    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in results/ beside this file")
-    args = parser.parse_args()
-    out = args.out or (None if args.quick else RESULTS)
-    found = run(QUICK if args.quick else FULL)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+    options = commandline.parser(__doc__)
+    options.add_argument("--large", action="store_true", help="encode at 5120 -> 81920 instead")
+    args = commandline.parsed(options)
+    plan = QUICK if args.quick else LARGE if args.large else FULL
+    if args.threads and not args.quick:
+        plan = replace(plan, memory_tokens=())
+    commandline.write(run(plan), args, "encode-large" if args.large else "encode")
 
 
 if __name__ == "__main__":

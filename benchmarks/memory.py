@@ -1,38 +1,24 @@
-"""The peak memory of one operation above the weights, measured in a process of its own.
-
-`measure` starts this file as that process. There: a tiny SAE first, so that the libraries' code and thread pools are
-paid for; then weights and residuals, made in place and thereby touched; then the operation, once.
+"""Memory of this process.
 
 Linux: writing 5 to /proc/self/clear_refs sets the kernel's own high-water mark (VmHWM) back to the present resident
 set, so VmHWM afterwards, less VmRSS before, is the operation's peak: no sampling, no moment missed. Elsewhere:
 `ru_maxrss` after less `ru_maxrss` before, a lower bound, close because making the weights in place leaves the
 process near its maximum.
+
+Mapped files count as resident, although the system can take their pages back at any time. Where files are read, what
+counts is anonymous memory (RssAnon, Linux alone), which has no high-water mark: it is sampled.
 """
 
-import argparse
 import gc
-import json
 import resource
-import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from contenders import CONTENDERS, Contender, Sizes, residuals
-
-OPERATIONS = ("encode", "encode + decode")
-TINY = Sizes(d_model=64, d_sae=512, k=8)
-
-
-def measure(name: str, operation: str, tokens: int, sizes: Sizes, seed: int) -> float:
-    """The peak above the weights in MiB, by a fresh process."""
-    numbers = [str(n) for n in (tokens, sizes.d_model, sizes.d_sae, sizes.k, seed)]
-    done = subprocess.run([sys.executable, __file__, name, operation, *numbers], stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def apply(contender: Contender, operation: str, x: torch.Tensor) -> object:
-    return contender.encode(x) if operation == "encode" else contender.reconstruct(x)
+MIB = 2**20
+SAMPLED_EVERY = 0.002
+STATUS = Path("/proc/self/status")
 
 
 def method() -> str:
@@ -49,39 +35,52 @@ def can_reset_peak() -> bool:
     return True
 
 
-def resident_kib(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (highest) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def highest_kib() -> float:
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest / 1024 if sys.platform == "darwin" else highest
-
-
-@torch.no_grad()
-def peak_above_weights(name: str, operation: str, tokens: int, sizes: Sizes, seed: int) -> float:
-    apply(CONTENDERS[name](TINY, seed), operation, residuals(16, TINY.d_model, seed))
-    contender, x = CONTENDERS[name](sizes, seed), residuals(tokens, sizes.d_model, seed)
+def peak_above_mib(operation: Callable[[], object]) -> float:
+    """How far the resident memory rises while an operation runs."""
     gc.collect()
     linux = can_reset_peak()
-    before = resident_kib("VmRSS") if linux else highest_kib()
-    apply(contender, operation, x)
-    after = resident_kib("VmHWM") if linux else highest_kib()
-    return round((after - before) / 1024, 1)
+    before = of_status("VmRSS") if linux else highest_mib()
+    operation()
+    after = of_status("VmHWM") if linux else highest_mib()
+    return round(after - before, 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Peak memory of one case above the weights, in MiB, as JSON.")
-    parser.add_argument("name", choices=CONTENDERS)
-    parser.add_argument("operation", choices=OPERATIONS)
-    for number in ("tokens", "d_model", "d_sae", "k", "seed"):
-        parser.add_argument(number, type=int)
-    args = parser.parse_args()
-    sizes = Sizes(args.d_model, args.d_sae, args.k)
-    print(json.dumps(peak_above_weights(args.name, args.operation, args.tokens, sizes, args.seed)))
+def of_status(field: str) -> float:
+    """`VmRSS` (now), `VmHWM` (highest) or `RssAnon` (now) of this process, in MiB.
+
+    Raises:
+        SystemExit: this is not Linux.
+    """
+    if not STATUS.exists():
+        raise SystemExit(f"expected {STATUS}, which only Linux has, found none; run this benchmark there")
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
-if __name__ == "__main__":
-    main()
+def highest_mib() -> float:
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest / MIB if sys.platform == "darwin" else highest / 1024
+
+
+class Anonymous:
+    """Samples this process' anonymous memory while a `with` block runs."""
+
+    def __enter__(self) -> "Anonymous":
+        gc.collect()
+        self.before_mib = self.peak_mib = of_status("RssAnon")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._look()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(SAMPLED_EVERY):
+            self._look()
+
+    def _look(self) -> None:
+        self.peak_mib = max(self.peak_mib, of_status("RssAnon"))

@@ -1,7 +1,7 @@
-"""Markdown tables from a benchmark's JSON, between `<!-- benchmark:encode -->` and `<!-- /benchmark -->`.
+"""Markdown tables from the benchmarks' JSON, between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`.
 
 `python benchmarks/table.py` writes them into README.md and docs/performance.md; with `--check` it writes nothing and
-exits 1 with one sentence if a table is stale.
+exits 1 with one sentence if a table is stale. NAME is that of a file in results/, or `summary`, which needs three.
 """
 
 import argparse
@@ -12,77 +12,218 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "docs" / "performance.md"]
-MARKED = re.compile(r"(<!-- benchmark:(\w+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
-OPENING = re.compile(r"<!-- benchmark:\w+ -->")
-OURS = "qwen_scope"
+MARKED = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- benchmark:[\w-]+ -->")
+OURS, PREPARED = "qwen_scope", "qwen_scope_prepared"
 MEASURABLE_MIB = 1
-"""Below this a peak is the allocator's noise and a ratio of peaks says nothing."""
+"""Below this a peak is the allocator's noise."""
+Found = dict[str, Any]
 
 
 def with_tables(text: str, results: Path) -> str:
-    """The text with every marked table made anew from `{results}/{benchmark}.json`."""
+    """The text with every marked table made anew."""
     if len(MARKED.findall(text)) != len(OPENING.findall(text)):
         raise SystemExit("expected `<!-- /benchmark -->` after every `<!-- benchmark:… -->`, found one left open")
-
-    def block(match: re.Match[str]) -> str:
-        return match[1] + tables(json.loads((results / f"{match[2]}.json").read_text())) + match[3]
-
-    return MARKED.sub(block, text)
+    return MARKED.sub(lambda match: match[1] + tables(match[2], results) + match[3], text)
 
 
-def tables(found: dict[str, Any]) -> str:
-    """What was found: the conditions in a sentence, the ratios, the absolute figures."""
-    names, results = found["contenders"], found["results"]
-    others = [name for name in names if name != OURS]
-    ratios = table(
-        [f"faster than {names[name]}" for name in others] + [f"less memory than {names[name]}" for name in others],
-        results,
-        lambda r: [speed(r, name) for name in others] + [less_memory(r, name) for name in others],
+def tables(name: str, results: Path) -> str:
+    if name == "summary":
+        return summary(*(read(results, needed) for needed in ("encode", "training", "layers")))
+    found = read(results, name)
+    return {"encode": encode, "training": training, "layers": layers, "load": load}[found["benchmark"]](found)
+
+
+def read(results: Path, name: str) -> Found:
+    path = results / f"{name}.json"
+    if not path.exists():
+        raise SystemExit(f"expected {path.name} in {results.name}/, found none; run benchmarks/{name.split('-')[0]}.py")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def encode(found: Found) -> str:
+    labels = {name: of["label"] for name, of in found["contenders"].items()}
+    others = [name for name in labels if name != OURS]
+    results = found["results"]
+    tokens = [[r["operation"], str(r["tokens"])] for r in results]
+    ratios = [[*of, *(speed(r, name) for name in others)] for of, r in zip(tokens, results, strict=True)]
+    times = [[*of, *(duration(r["seconds"][name]) for name in labels)] for of, r in zip(tokens, results, strict=True)]
+    peaks = [[r["operation"], str(r["tokens"]), *map(mib, r["peak_mib"].values())] for r in results if "peak_mib" in r]
+    kept = [mib(of["kept_beside_weights_mib"]) for of in found["contenders"].values()]
+    ours = found["contenders"][OURS]
+    parts = [
+        f"{sizes(found['parameters']['sizes'])}, float32, {conditions(found)} {rounds(results)} "
+        f"Kernel: {ours['kernel']} ({ours['why']}).{absent(found)}",
+        table(["operation", "tokens", *(f"faster than {labels[name]}" for name in others)], ratios),
+        table(["operation", "tokens", *(f"time, {label}" for label in labels.values())], times),
+    ]
+    if peaks:
+        rows = [*peaks, ["kept beside the weights", "–", *kept]]
+        parts.append(table(["operation", "tokens", *(f"peak, {label}" for label in labels.values())], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def training(found: Found) -> str:
+    labels = {name: of["label"] for name, of in found["contenders"].items()}
+    head = ["step", "tokens", "contender", "time", "qwen_scope is faster", "peak"]
+    rows = [
+        [
+            sizes(r["sizes"]),
+            str(r["tokens"]),
+            labels[name],
+            duration(r["seconds"][name]),
+            "–" if name == OURS else speed(r, name),
+            mib(r["peak_mib"][name]),
+        ]
+        for r in found["results"]
+        for name in labels
+    ]
+    steps = "\n".join(f"- {of['label']}: {of['step']}" for of in found["contenders"].values())
+    kernels = "; ".join(f"{r['kernel']}, which keeps {mib(r['kept_beside_weights_mib'])}" for r in found["results"])
+    about = (
+        f"One optimiser step, float32, {conditions(found)} {rounds(found['results'])} Kernel of each size: {kernels}."
+        f"{absent(found)}"
     )
-    times = table(
-        [f"time, {label}" for label in names.values()] + [f"peak, {label}" for label in names.values()],
-        results,
-        lambda r: [duration(r["seconds"][name]) for name in names] + [peak(r, name) for name in names],
+    return f"{about}\n\n{table(head, rows)}\n\nWhat a step includes:\n\n{steps}\n"
+
+
+def layers(found: Found) -> str:
+    parameters = found["parameters"]
+    head = ["way", "memory limit", "page cache", "time", "anonymous memory, before", "peak", "peak in the limit"]
+    rows = [
+        [
+            found["contenders"][r["way"]],
+            mib(r["limit_bytes"] / 2**20) if "limit_bytes" in r else "–",
+            *measured_pass(r),
+        ]
+        for r in found["results"]
+    ]
+    about = (
+        f"{parameters['layers']} layers of {sizes(parameters['sizes'])}, float32, {gigabytes(found['suite_bytes'])} of "
+        f"published files and {gigabytes(found['copies_bytes'])} of prepared copies, {parameters['tokens']} tokens at each "
+        f"layer, at most {mib(parameters['max_bytes'] / 2**20)} of layers kept, {conditions(found)} One pass each."
     )
-    return f"{conditions(found)}\n\n{ratios}\n{times}"
+    return f"{about}\n\n{table(head, rows)}\n"
 
 
-def table(columns: list[str], results: list[dict[str, Any]], cells: Any) -> str:
-    head = ["operation", "tokens", *columns]
-    rows = [[r["operation"], str(r["tokens"]), *cells(r)] for r in results]
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def measured_pass(r: Found) -> list[str]:
+    if "not_measured" in r:
+        return [f"not measured: {r['not_measured']}", *["–"] * 4]
+    memory = [mib(r[field]) if field in r else "–" for field in MEMORY_OF_PASS]
+    return [r["page_cache"], duration(r["seconds"]), *memory]
 
 
-def conditions(found: dict[str, Any]) -> str:
-    machine, parameters = found["machine"], found["parameters"]
-    sizes, rounds = parameters["sizes"], [r["rounds"] for r in found["results"]]
-    absent = f" Not installed, so not compared: {', '.join(found['not_installed'])}." * bool(found["not_installed"])
+MEMORY_OF_PASS = ("anonymous_before_mib", "peak_anonymous_mib", "peak_in_group_mib")
+
+
+def load(found: Found) -> str:
+    head = ["way", "open and first token", "second token", "anonymous memory, before", "after"]
+    rows = [
+        [
+            found["contenders"][r["way"]],
+            duration(r["first_token_seconds"]),
+            duration(r["second_token_seconds"]),
+            mib(r["anonymous_before_mib"]),
+            mib(r["anonymous_mib"]),
+        ]
+        for r in found["results"]
+    ]
+    parameters = found["parameters"]
+    about = (
+        f"One layer of {sizes(parameters['sizes'])}, float32, {conditions(found)} Medians of {parameters['rounds']} fresh "
+        "processes, imports not counted, files in the page cache."
+    )
+    return f"{about}\n\n{table(head, rows)}\n"
+
+
+def summary(encoded: Found, trained: Found, passed: Found) -> str:
+    labels = {name: of["label"] for name, of in encoded["contenders"].items()}
+    peers = [name for name in labels if name not in (OURS, "qwen_scope_reference", "card")]
+    step = trained["results"][0]
+    head = ["task", "time", "faster than the card's arithmetic", *(f"than {labels[name]}" for name in peers)]
+    rows = [
+        [f"{r['operation']}, {tokens_of(r)}", *summarised(r, ["card", *peers]), *two_peaks(r, "card")]
+        for r in encoded["results"]
+    ]
+    rows.append([f"training step, {tokens_of(step)}", *summarised(step, ["dense", *peers]), *two_peaks(step, "dense")])
+    rows.append([all_layers(passed), *whole_suite(passed, len(peers))])
+    about = (
+        f"Encode and decode at {sizes(encoded['parameters']['sizes'])}, the training step at {sizes(step['sizes'])}, all "
+        f"layers prepared; float32, {conditions(encoded)} Ratios are medians. Memory is the peak above the weights and "
+        "what is kept beside them; for all layers, the rise of anonymous memory, weights included."
+    )
+    return f"{about}\n\n{table([*head, 'memory', 'the card arithmetic takes'], rows)}\n"
+
+
+def all_layers(passed: Found) -> str:
+    parameters = passed["parameters"]
+    return f"encode, {parameters['layers']} layers, {parameters['tokens']} tokens each"
+
+
+def summarised(r: Found, names: list[str]) -> list[str]:
+    ratios = r["times_as_fast"]
+    return [duration(r["seconds"][OURS]), *(f"{ratios[name]:.1f}x" if name in ratios else "–" for name in names)]
+
+
+def two_peaks(r: Found, other: str) -> list[str]:
+    return [mib(r["peak_mib"][name]) if "peak_mib" in r else "–" for name in (OURS, other)]
+
+
+def whole_suite(passed: Found, peers: int) -> list[str]:
+    """Ours with its copies made, against the card's way, neither limited."""
+    last = {r["way"]: r for r in passed["results"] if "limit_bytes" not in r}
+    ours, card = last[PREPARED], last["card"]
+    rises = [mib(r["peak_anonymous_mib"] - r["anonymous_before_mib"]) for r in (ours, card)]
+    return [duration(ours["seconds"]), f"{card['seconds'] / ours['seconds']:.1f}x", *["–"] * peers, *rises]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---", *["--:"] * (len(head) - 1)], *rows))
+
+
+def conditions(found: Found) -> str:
+    machine = found["machine"]
     return (
-        f"{sizes['d_model']} → {sizes['d_sae']}, k = {sizes['k']}, {parameters['dtype']}, on {machine['cpu']} "
-        f"({machine['cores']} cores, {machine['threads']} threads), {machine['memory_gib']:.0f} GiB, torch "
-        f"{machine['torch']}, Python {machine['python']}, {machine['date']}. Medians of {min(rounds)} to {max(rounds)} "
-        f"interleaved rounds, in brackets the quartiles; peaks are above the weights.{absent}"
+        f"on {machine['cpu']} ({machine['cores']} cores, {count(machine['threads'], 'thread')}), "
+        f"{machine['memory_gib']:.0f} GiB, torch {machine['torch']}, Python {machine['python']}, {machine['date']}."
     )
 
 
-def speed(result: dict[str, Any], name: str) -> str:
+def rounds(results: list[Found]) -> str:
+    numbers = [r["rounds"] for r in results]
+    span = f"{min(numbers)}" if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"
+    return f"Medians of {span} interleaved rounds, in brackets the quartiles."
+
+
+def absent(found: Found) -> str:
+    return f" Not installed, so not compared: {', '.join(found['not_installed'])}." * bool(found["not_installed"])
+
+
+def sizes(of: Found) -> str:
+    return f"{of['d_model']} → {of['d_sae']}, k = {of['k']}"
+
+
+def tokens_of(r: Found) -> str:
+    return count(r["tokens"], "token")
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def speed(result: Found, name: str) -> str:
     low, high = result["times_as_fast_quartiles"][name]
     return f"{result['times_as_fast'][name]:.2f}x ({low:.2f}–{high:.2f})"
 
 
-def less_memory(result: dict[str, Any], name: str) -> str:
-    peaks = result.get("peak_mib", {})
-    if min(peaks.get(OURS, 0), peaks.get(name, 0)) < MEASURABLE_MIB:
-        return "–"
-    return f"{peaks[name] / peaks[OURS]:.1f}x"
+def mib(number: float) -> str:
+    if number == 0:
+        return "0"
+    return f"{number:.0f} MiB" if number >= MEASURABLE_MIB else f"< {MEASURABLE_MIB} MiB"
 
 
-def peak(result: dict[str, Any], name: str) -> str:
-    mib = result.get("peak_mib", {}).get(name)
-    if mib is None:
-        return "–"
-    return f"{mib:.0f} MiB" if mib >= MEASURABLE_MIB else f"< {MEASURABLE_MIB} MiB"
+def gigabytes(number: int) -> str:
+    return f"{number / 1e9:.1f} GB"
 
 
 def duration(seconds: float) -> str:
@@ -102,7 +243,7 @@ def main() -> None:
         text = file.read_text(encoding="utf-8")
         fresh = with_tables(text, args.results)
         if fresh != text and args.check:
-            raise SystemExit(f"the benchmark table in {file.name} is stale: run `python benchmarks/table.py`")
+            raise SystemExit(f"a benchmark table in {file.name} is stale: run `python benchmarks/table.py`")
         if fresh != text:
             file.write_text(fresh, encoding="utf-8")
 

@@ -4,11 +4,15 @@ Nothing here needs a network. The one large thing, `bundled`, is the package's o
 `real`.
 """
 
+import os
 from collections.abc import Callable
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which transformers does
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast

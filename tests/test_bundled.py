@@ -23,7 +23,7 @@ from qwen_scope.bundled import suite_folder
 from qwen_scope.evaluation import SAMPLE_TEXTS
 from qwen_scope.evaluation.mistakes import find_mistakes
 from qwen_scope.outliers import norm_outliers
-from qwen_scope.reading import read
+from qwen_scope.reading import read, read_rows
 from qwen_scope.tokens import tokenize
 
 ROOT = Path(__file__).parent.parent
@@ -224,3 +224,16 @@ class TestMakingTheModel:
         made = bundled_module.model_folder()
         assert {path.name for path in made.iterdir()} == {path.name for path in whole.iterdir()}
         assert bundled_module.model_folder() == made
+
+
+def test_screened_features_are_those_of_float64_on_real_residuals(bundled):
+    suite = Suite.from_pretrained(kernel="cpu-bfloat16")
+    texts, _ = tokenize(SAMPLE_TEXTS, bundled.tokenizer)
+    for _, residuals in read_rows(texts, bundled, suite.layers):
+        for layer, x in residuals.items():
+            sae = suite[layer]
+            found = sae.encode(x)
+            pre = (x.double() @ sae.W_enc.double().T + sae.b_enc.double()).float()
+            values, indices = pre.sort(dim=1, descending=True, stable=True)
+            assert torch.equal(found.indices, indices[:, :50])
+            assert torch.equal(found.values, values[:, :50].relu())

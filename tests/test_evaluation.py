@@ -329,9 +329,7 @@ def residuals() -> dict[int, Tensor]:
 
 @pytest.fixture(scope="session")
 def trained(residuals) -> dict[int, TopKSAE]:
-    config = TrainConfig(
-        d_sae=256, k=K, batch=500, epochs=6.0, learning_rate=1.5e-3, dead_after=20_000, product_dtype="float32"
-    )
+    config = TrainConfig(d_sae=256, k=K, batch=500, epochs=6.0, learning_rate=1.5e-3, dead_after=20_000)
     return {layer: train_sae(x[1000:], config) for layer, x in residuals.items()}
 
 

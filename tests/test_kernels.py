@@ -198,3 +198,48 @@ def test_decoding_bf16_rows_equals_decoding_them_as_float32():
     assert torch.equal(
         reference.decode(indices, values, decoder, bias), reference.decode(indices, values, decoder.float(), bias)
     )
+
+
+# What is refused
+
+
+X, W, B = draw(3, 4, 10, seed=0)
+PAIR = (torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((X[0], W, B, 2), r"expected x \(tokens, d_model\), .* found \(4,\), \(10, 4\), \(10,\)"),
+        ((X[:, :3], W, B, 2), r"found \(3, 3\), \(10, 4\), \(10,\); pass tensors of one SAE"),
+        ((X, W.T, B, 2), "pass tensors of one SAE"),
+        ((X, W, B[1:], 2), "pass tensors of one SAE"),
+        ((X[:0], W, B, 2), r"expected at least one token, found x of shape \(0, 4\)"),
+        ((X, W, B, 0), "expected k from 1 to d_sae = 10, found k = 0"),
+        ((X, W, B, 11), "expected k from 1 to d_sae = 10, found k = 11"),
+        ((X.long(), W, B, 2), r"expected floating-point tensors, found x of torch.int64; convert it with .float\(\)"),
+        ((X, W.to("meta"), B, 2), "expected all tensors on one device, found x on cpu, W_enc on meta, b_enc on cpu"),
+    ],
+)
+def test_what_cannot_be_encoded(arguments, match, unchecked):
+    with pytest.raises(QwenScopeError, match=match):
+        kernels.encode(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((PAIR[0][:2], PAIR[1], W, X[0]), r"expected indices and values \(tokens, k\)"),
+        ((PAIR[0][0], PAIR[1][0], W, X[0]), "pass what encode gave"),
+        ((*PAIR, W, B), "pass what encode gave and the decoder's rows"),
+        ((PAIR[0].float(), PAIR[1], W, X[0]), "expected whole numbers as indices, found torch.float32"),
+        ((PAIR[0], PAIR[0], W, X[0]), "expected floating-point tensors, found values of torch.int64"),
+        ((*PAIR, W.to("meta"), X[0]), "expected all tensors on one device"),
+        ((PAIR[0].to("meta"), PAIR[1], W, X[0]), "expected indices on cpu as the decoder is, found them on meta"),
+        ((PAIR[0] + 10, PAIR[1], W, X[0]), "expected features from 0 to 9, found 10 to 10"),
+        ((PAIR[0] - 1, PAIR[1], W, X[0]), "found -1 to -1; decode with the SAE that encoded them"),
+    ],
+)
+def test_what_cannot_be_decoded(arguments, match, unchecked):
+    with pytest.raises(QwenScopeError, match=match):
+        kernels.decode(*arguments)

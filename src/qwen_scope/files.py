@@ -15,6 +15,13 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it made: `QWEN_SCOPE_CACHE`, else the user's cache folder."""
+    if chosen := os.environ.get("QWEN_SCOPE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-scope"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path in the same folder and moves it to `path` if the block ends well; else removes it.

@@ -14,6 +14,8 @@ from qwen_scope.tokens import TokenizedText
 
 BATCH_TOKENS = 2048
 """Tokens, padding included, in one forward pass: enough to keep matrix products busy, little enough for a laptop."""
+RESIDUAL_BYTES = 512 * 2**20
+"""Residuals of all layers held before they are encoded: the more, the less often each layer's weights are needed."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,37 @@ def read(
     todo = batches(texts, backbone)
     for batch in tqdm(todo, desc="reading", unit="batch", disable=len(todo) < 8):
         yield batch, backbone.residuals(batch.ids, batch.attention_mask, layers=layers)
+
+
+def read_rows(
+    texts: Sequence[TokenizedText], backbone: Backbone, layers: Sequence[int]
+) -> Iterator[tuple[list[int], dict[int, Float[Tensor, "tokens d_model"]]]]:
+    """The residuals of real tokens alone, of as many texts at a time as `RESIDUAL_BYTES` hold at all layers together.
+
+    Gives which texts they are, in the order of their rows, and each layer's rows. So each layer's SAE is needed once for
+    many batches, not once for each: what makes suites bearable that do not fit into memory.
+
+    Raises:
+        QwenScopeError: see `read`.
+    """
+    order: list[int] = []
+    parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    held = 0
+    for batch, residuals in read(texts, backbone, layers):
+        rows = {layer: x[batch.real.to(x.device)] for layer, x in residuals.items()}
+        size = sum(x.nbytes for x in rows.values())
+        if order and held + size > RESIDUAL_BYTES:
+            yield order, _joined(parts)
+            order, held = [], 0
+            parts = {layer: [] for layer in layers}
+        order += batch.texts
+        held += size
+        for layer, x in rows.items():
+            parts[layer].append(x)
+    if order:
+        yield order, _joined(parts)
+
+
+def _joined(parts: dict[int, list[Tensor]]) -> dict[int, Tensor]:
+    # Taken out one by one, so that only one layer is held twice.
+    return {layer: torch.cat(parts.pop(layer)) for layer in list(parts)}

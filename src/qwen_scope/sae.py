@@ -29,6 +29,7 @@ class TopKSAE(nn.Module):
         b_dec: (d_model,).
         k: features kept per position.
         activation: see `Activation`.
+        kernel: which path encodes (`qwen_scope.kernels.choice.Kernel`); by default the fastest one on this machine.
 
     Raises:
         QwenScopeError: shapes that disagree, k outside 1..d_sae, or an unknown activation.
@@ -42,6 +43,7 @@ class TopKSAE(nn.Module):
         b_dec: Float[Tensor, " d_model"],
         k: int,
         activation: Activation = "topk",
+        kernel: kernels.Kernel | None = None,
     ):
         super().__init__()
         check_shapes(W_enc.shape, W_dec.shape, b_enc.shape, b_dec.shape)
@@ -59,6 +61,8 @@ class TopKSAE(nn.Module):
         self.b_dec = nn.Parameter(b_dec, requires_grad=False)
         self.k = k
         self.activation: Activation = activation
+        self.encoder = kernels.Encoder(kernel)
+        """Keeps what the fast path needs, and says which path was chosen."""
 
     @property
     def d_model(self) -> int:
@@ -72,8 +76,8 @@ class TopKSAE(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the four tensors."""
-        return sum(p.nbytes for p in self.parameters())
+        """Bytes of the four tensors, and of what encoding fast keeps beside them."""
+        return sum(p.nbytes for p in self.parameters()) + self.encoder.nbytes
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +110,7 @@ class TopKSAE(nn.Module):
             raise QwenScopeError(
                 f"expected at least one residual, found a tensor of shape {tuple(x.shape)}; pass a token"
             )
-        indices, values = kernels.encode(x.reshape(-1, self.d_model), self.W_enc, self.b_enc, k)
+        indices, values = kernels.encode(x.reshape(-1, self.d_model), self.W_enc, self.b_enc, k, self.encoder)
         if self.activation == "topk_relu":
             values = values.relu()
         shape = (*x.shape[:-1], k)

@@ -13,7 +13,8 @@ from qwen_scope.devices import as_device
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evaluation import SAMPLE_TEXTS, CheckReport, check
 from qwen_scope.features import SparseFeatures
-from qwen_scope.reading import read
+from qwen_scope.kernels import Kernel
+from qwen_scope.reading import read_rows
 from qwen_scope.suite import Suite, ranges
 from qwen_scope.text_features import text_features
 from qwen_scope.tokens import tokenize
@@ -70,6 +71,8 @@ class Scope:
         device_map: Any = None,
         k: int | None = None,
         cache_dir: str | None = None,
+        kernel: Kernel | None = None,
+        prepared: bool = False,
     ) -> Scope:
         """Loads a model and its SAEs by name; without names, the bundled ones.
 
@@ -82,6 +85,8 @@ class Scope:
             device_map: spreads the language model over devices instead.
             k: overrides the number of features kept per token.
             cache_dir: where downloads are kept, instead of the hub's usual cache.
+            kernel: which path encodes, instead of the fastest one on this machine.
+            prepared: keep a copy of each layer used, laid out to open and run fast (see `Suite.from_pretrained`).
 
         Raises:
             QwenScopeError: a model or suite that cannot be found, read, or joined.
@@ -94,7 +99,9 @@ class Scope:
         place = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # The suite first: naming it wrong should not cost the loading of a language model.
         only = [layers] if isinstance(layers, int) else layers
-        saes = Suite.from_pretrained(suite, k=k, layers=only, cache_dir=cache_dir, device=place)
+        saes = Suite.from_pretrained(
+            suite, k=k, layers=only, cache_dir=cache_dir, device=place, kernel=kernel, prepared=prepared
+        )
         if model is None:
             if saes.backbone is None:
                 raise QwenScopeError(
@@ -134,12 +141,12 @@ class Scope:
         texts, single = tokenize(inputs, self.backbone.tokenizer, thinking=thinking)
         wanted = self.layers if layers is None else self._known(layers)
         found: list[dict[int, SparseFeatures]] = [{} for _ in texts]
-        for batch, residuals in read(texts, self.backbone, wanted):
-            for layer, x in residuals.items():
+        for order, residuals in read_rows(texts, self.backbone, wanted):
+            for layer in wanted:
                 sae = self.suite[layer]
-                encoded = sae.encode(x[batch.real.to(x.device)].to(sae.device))
+                encoded = sae.encode(residuals.pop(layer).to(sae.device))
                 start = 0
-                for text in batch.texts:
+                for text in order:
                     end = start + len(texts[text])
                     found[text][layer] = encoded[start:end]
                     start = end

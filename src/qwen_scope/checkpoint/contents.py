@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwen_scope.checkpoint import native, published, sae_lens, sparsify
@@ -34,6 +34,23 @@ class Contents:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class OwnLayer:
+    """One layer in a file whose tensors are used as they lie there: published or ours."""
+
+    files: Files
+    name: str
+
+    def path(self) -> Path:
+        """Where the file is, on the hub once it is fetched."""
+        return self.files.path(self.name)
+
+    def __call__(self, check_numbers: bool = True) -> Weights:
+        """The weights, memory-mapped; checking that all numbers are finite reads them once."""
+        module = native if self.name.endswith(".safetensors") else published
+        return module.read(self.path(), check_numbers)
+
+
 def layer_of_file(filename: str) -> int | None:
     """The layer in `layer{n}.sae.pt` or `layer{n}.safetensors`, None for another name."""
     match = _LAYER_FILE.fullmatch(filename)
@@ -42,7 +59,7 @@ def layer_of_file(filename: str) -> int | None:
 
 def published_layers(files: Files, layers: range) -> Contents:
     """The layers of a published group, whose files need not be listed to be known."""
-    return Contents({layer: partial(_read_layer, files, f"layer{layer}.sae.pt") for layer in layers})
+    return Contents({layer: OwnLayer(files, f"layer{layer}.sae.pt") for layer in layers})
 
 
 def contents_of(files: Files, only: str | None = None) -> Contents:
@@ -67,17 +84,12 @@ def contents_of(files: Files, only: str | None = None) -> Contents:
                 f"expected the layers {', '.join(map(str, config.layers)) or '(none)'} that config.json in "
                 f"{files.name} declares, found none of their files; copy them beside it"
             )
-        read = {layer: partial(_read_layer, files, name) for layer, name in here.items()}
+        read = {layer: OwnLayer(files, name) for layer, name in here.items()}
         shared = (config.name, config.backbone, config.k, config.activation, config.d_model, config.layers)
         return Contents(read, "config.json", *shared, config.provenance)
     if by_layer:
-        return Contents({layer: partial(_read_layer, files, name) for layer, name in by_layer.items()})
+        return Contents({layer: OwnLayer(files, name) for layer, name in by_layer.items()})
     return _foreign(files, names)
-
-
-def _read_layer(files: Files, name: str) -> Weights:
-    module = native if name.endswith(".safetensors") else published
-    return module.read(files.path(name))
 
 
 def _config(files: Files, names: list[str], by_layer: Mapping[int, str]) -> SuiteConfig | None:

@@ -11,7 +11,7 @@ from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import replacing
 
 
-def read(path: Path) -> Weights:
+def read(path: Path, check_numbers: bool = True) -> Weights:
     """The weights of a published file, memory-mapped (files in torch's old, unzipped format are read into memory).
 
     Only tensors are unpickled; a pickle that names code is refused and nothing of it runs.
@@ -41,7 +41,7 @@ def read(path: Path) -> Weights:
             f"expected a dict of four tensors in {path}, found a {type(loaded).__name__}; check that this is an SAE's "
             "file"
         )
-    return checked(loaded, path)
+    return checked(loaded, path, check_numbers)
 
 
 def write(path: Path, weights: Weights) -> None:

@@ -42,8 +42,11 @@ class Weights(NamedTuple):
         return Weights(*(tensor.detach().to("cpu", dtype) for tensor in kept))
 
 
-def checked(tensors: Mapping[Any, Any], path: Path) -> Weights:
+def checked(tensors: Mapping[Any, Any], path: Path, check_numbers: bool = True) -> Weights:
     """The four tensors read from `path`, after the checks that every format shares.
+
+    Args:
+        check_numbers: look for NaN and infinity, which reads every number once.
 
     Raises:
         QwenScopeError: missing or unknown keys, something that is not a tensor, a dtype other than float32 and
@@ -66,7 +69,7 @@ def checked(tensors: Mapping[Any, Any], path: Path) -> Weights:
         check_shapes(*(tuple(tensor.shape) for tensor in weights))
     except QwenScopeError as error:
         raise QwenScopeError(f"in {path}: {error}") from error
-    for name, tensor in zip(Weights._fields, weights, strict=True):
+    for name, tensor in zip(Weights._fields, weights, strict=True) if check_numbers else ():
         # aminmax reads once, copies nothing (the files are memory-mapped) and hands NaN through.
         if tensor.numel() == 0 or not torch.stack(torch.aminmax(tensor)).isfinite().all():
             found = "an empty tensor" if tensor.numel() == 0 else "NaN or infinity"

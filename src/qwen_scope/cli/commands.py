@@ -36,6 +36,10 @@ class Source:
     """What the language model computes in; the SAEs always compute in float32."""
     device: str | None = None
     """Where to compute, such as `cpu` or `cuda:1`. Default: the first GPU if there is one."""
+    kernel: Literal["reference", "cpu-bfloat16", "cpu-float32", "triton"] | None = None
+    """Which path encodes. Default: the fastest one on this machine, measured once; all give the same features."""
+    prepared: bool = False
+    """Keep a copy of each layer used in the cache, laid out so that it opens at once and is shared by processes."""
 
     def open(self) -> "Scope":
         """Loads the scope."""
@@ -43,7 +47,14 @@ class Source:
         from qwen_scope.scope import Scope
 
         return Scope.from_pretrained(
-            self.model, self.suite, layers=self.layers or None, k=self.k, dtype=self.dtype, device=self.device
+            self.model,
+            self.suite,
+            layers=self.layers or None,
+            k=self.k,
+            dtype=self.dtype,
+            device=self.device,
+            kernel=self.kernel,
+            prepared=self.prepared,
         )
 
 

@@ -15,7 +15,7 @@ from qwen_scope.evaluation.fidelity import Fidelity, FidelityMeter
 from qwen_scope.evaluation.mistakes import find_mistakes
 from qwen_scope.outliers import norm_outliers
 from qwen_scope.reading import Batch, batches
-from qwen_scope.suite import Suite
+from qwen_scope.suite import Suite, ranges
 from qwen_scope.tokens import TokenizedText
 
 LOSS_BATCH_TOKENS = 512
@@ -44,6 +44,8 @@ class LayerCheck:
     """The same with them replaced by zeros instead, except at position 0."""
     mistakes: list[str]
     """What seems wrong, one sentence each (see `find_mistakes`)."""
+    kernel: str
+    """Which path encoded (`qwen_scope.kernels.choice.Kernel`), and why it was chosen."""
 
     @property
     def loss_recovered(self) -> float:
@@ -100,6 +102,10 @@ class CheckReport:
             "FVU: fraction of variance unexplained, 1 - variance explained (+out: with norm outliers, all: with position 0 "
             "too); loss in nats a token; short: rows with fewer than k positive pre-activations, where topk and topk_relu differ"
         )
+        kernels: dict[str, list[int]] = {}
+        for row in self.layers:
+            kernels.setdefault(row.kernel, []).append(row.layer)
+        lines += [f"encoded by {kernel} at layers {ranges(layers)}" for kernel, layers in kernels.items()]
         found = [f"layer {row.layer}: {mistake}" for row in self.layers for mistake in row.mistakes]
         lines += [f"MISTAKE at {line}" for line in found] or ["no mistake found"]
         return "\n".join(lines)
@@ -162,6 +168,7 @@ def check(backbone: Backbone, suite: Suite, texts: Sequence[TokenizedText], laye
                 loss_spliced=losses[layer]["spliced"].value,
                 loss_zeroed=losses[layer]["zeroed"].value,
                 mistakes=find_mistakes(sae, layer, near),
+                kernel=str(sae.encoder.choice),
             )
         )
     return CheckReport(backbone.name, suite.name, suite.backbone, len(texts), checked)

@@ -33,31 +33,50 @@ def encode(
     Raises:
         QwenScopeError: a token's pre-activations hold a NaN or an infinity.
     """
-    parts = [_encode_chunk(rows.float(), W_enc, b_enc, k) for rows in x.split(CHUNK_TOKENS)]
-    indices = torch.cat([part[0] for part in parts])
-    values = torch.cat([part[1] for part in parts])
-    # topk puts NaN and +inf first, so a bad row always shows among the values kept.
+    indices, values = encode_rows(x, W_enc, b_enc, k)
+    refuse_non_finite(values)
+    return indices, values
+
+
+def encode_rows(
+    x: Float[Tensor, "tokens d_model"],
+    W_enc: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    """`encode` before it looks for NaN and infinity.
+
+    Args:
+        dtype: what the products are computed in, before they are rounded to float32 and compared.
+    """
+    parts = [_encode_chunk(rows.to(dtype), W_enc, b_enc, k) for rows in x.split(CHUNK_TOKENS)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def refuse_non_finite(values: Float[Tensor, "tokens k"]) -> None:
+    """Raises if a row holds NaN or infinity: topk puts NaN and +inf first, so a bad row always shows among those kept."""
     bad = ~values.isfinite().all(dim=1)
     if bad.any():
         raise QwenScopeError(
-            f"expected finite residuals, found NaN or infinity in the pre-activations of {int(bad.sum())} of {len(x)} "
+            f"expected finite residuals, found NaN or infinity in the pre-activations of {int(bad.sum())} of {len(values)} "
             f"tokens (the first at row {int(bad.nonzero()[0])}); check the model's dtype: float16 overflows on "
             "residual streams, bfloat16 and float32 do not"
         )
-    return indices, values
 
 
 def _encode_chunk(
     x: Float[Tensor, "tokens d_model"], W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], k: int
 ) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
-    block = BLOCK_BYTES // (4 * len(x))
-    if W_enc.dtype != torch.float32:
-        block = min(block, BLOCK_BYTES // (4 * x.shape[1]))
+    block = BLOCK_BYTES // (x.element_size() * len(x))
+    if W_enc.dtype != x.dtype:
+        block = min(block, BLOCK_BYTES // (x.element_size() * x.shape[1]))
     block = max(block, 1)
     best: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(b_enc), block):
         rows = slice(start, start + block)
-        indices, values = _top_k(F.linear(x, W_enc[rows].float(), b_enc[rows].float()), k)
+        pre = F.linear(x, W_enc[rows].to(x.dtype), b_enc[rows].to(x.dtype))
+        indices, values = _top_k(pre.float(), k)
         best.append((indices + start, values))
     if len(best) == 1:
         return best[0]

@@ -1,0 +1,67 @@
+"""Threads of our own for compiled loops and single-threaded products, as many as torch is set to use.
+
+torch's OpenMP threads keep spinning for milliseconds after each operation, which would take a core from the loops that
+come next. Here all threads share one kind of work and sleep between.
+"""
+
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_size = 0
+
+
+def share(function: Callable[[int, int], object], total: int, multiple: int = 1) -> None:
+    """Runs `function(start, stop)` over the range 0..total, cut into one part a thread.
+
+    Inside the parts torch uses one thread each. Returns when all are done; raises what one of them raised.
+
+    Args:
+        multiple: parts begin at multiples of this.
+    """
+    threads = torch.get_num_threads()
+    parts = min(threads, -(-total // multiple))
+    if parts <= 1:
+        function(0, total)
+        return
+    units = -(-total // multiple)
+    cuts = [min(total, units * i // parts * multiple) for i in range(parts + 1)]
+    pool = _workers(threads)
+    waiting = [pool.submit(function, start, stop) for start, stop in itertools.pairwise(cuts)]
+    for part in waiting:
+        part.result()
+
+
+def _workers(threads: int) -> ThreadPoolExecutor:
+    global _pool, _size
+    with _lock:
+        if _pool is None or _size < threads:
+            # All are started at once: setting the number in a new thread changes the caller's too, set back below.
+            started = threading.Barrier(threads)
+
+            def start() -> None:
+                torch.set_num_threads(1)
+                started.wait()
+
+            pool = ThreadPoolExecutor(threads, thread_name_prefix="qwen-scope", initializer=start)
+            for waiting in [pool.submit(int) for _ in range(threads)]:
+                waiting.result()
+            torch.set_num_threads(threads)
+            _pool, _size = pool, threads
+        return _pool
+
+
+def _forget() -> None:
+    """In a forked child none of the parent's threads is there."""
+    global _pool, _size, _lock
+    _pool, _size, _lock = None, 0, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
