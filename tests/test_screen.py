@@ -167,7 +167,7 @@ def draw(tokens: int, d_model: int = 64, d_sae: int = 500, seed: int = 0) -> tup
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_gives_the_same_bits_alone_in_a_batch_on_threads_and_by_either_product(dtype):
-    x, W, b = draw(700)
+    x, W, b = draw(514)  # the last chunk has 2 tokens
     x, W = x.to(dtype), W.to(dtype)
     by_product = [Screen.of(W, b, product) for product in PRODUCTS]
     expected = by_product[0].encode(x, 12)

@@ -118,7 +118,7 @@ def _measured(key: str, W_enc: Tensor, b_enc: Tensor, k: int) -> Choice:
         if kernel != "reference"
     }
     # One token takes a fraction of a millisecond on a GPU, whatever the path.
-    worst = {kernel: of[-1] if W_enc.is_cuda else min(of) for kernel, of in ratios.items()}
+    worst: dict[Kernel, float] = {kernel: of[-1] if W_enc.is_cuda else min(of) for kernel, of in ratios.items()}
     best = max(worst, key=worst.__getitem__, default=None)
     if best is None or worst[best] < 1:
         choice = Choice("reference", "nothing else was faster here")

@@ -168,6 +168,35 @@ def _compute(
 
 
 @_compiled
+def _needed(value: Any, error: Any) -> Any:  # pragma: no cover
+    """What an upper bound must reach, before the error is added, for an exact pre-activation of `value` or more."""
+    return np.float64(value) - error - SLACK * (abs(np.float64(value)) + error)
+
+
+@_compiled
+def _kth_largest_or_less(numbers: Any, k: int) -> Any:  # pragma: no cover
+    """A number that at least k of these reach and not many more: halving a range is faster than sorting a part."""
+    low, high = numbers[0], numbers[0]
+    for number in numbers:
+        low = number if number < low else low
+        high = number if number > high else high
+    for _ in range(32):
+        middle = low + (high - low) * np.float32(0.5)
+        if not low < middle < high:
+            break
+        reached = 0
+        for number in numbers:
+            reached += number >= middle
+        if reached >= k:
+            low = middle
+            if reached == k:
+                break
+        else:
+            high = middle
+    return low
+
+
+@_compiled
 def select(
     approx: Any,
     spread: np.float32,
@@ -176,14 +205,13 @@ def select(
     bias: Any,
     lost: Any,
     length: Any,
-    block_lost: Any,
-    block_length: Any,
     of_lost: Any,
     of_length: Any,
     constant: float,
+    blocks: int,
     k: int,
-    all_upper: Any,
     all_chosen: Any,
+    all_spare: Any,
     all_keys: Any,
     indices: Any,
     values: Any,
@@ -194,19 +222,19 @@ def select(
     """The k largest exact pre-activations of each row, found from approximate products; `screen` proves the bound.
 
     Feature j of row n has at most `upper + of_lost[n] * lost[j] + of_length[n] * length[j] + constant`, where `upper` is
-    its approximate pre-activation, widened by the relative error `spread` of the product. Block q of n blocks holds the
-    features q, q + n, q + 2n and so on.
+    its approximate pre-activation, widened by the relative error `spread` of the product.
 
     Args:
+        blocks: features this far apart share a block, whose largest value stands for them in the first look.
         computed: in: 0, or anything else for rows to leave alone; out: how many exact pre-activations were computed, or
             why there is no answer: `BOUND_BROKEN` or `TOO_MANY` (more than `most`).
     """
-    d_sae, blocks, rows, most = approx.shape[1], block_lost.shape[0], stop - start, all_chosen.shape[1]
-    highest = np.empty(blocks, np.float32)
-    first = np.empty(rows, np.float32)
-    upper, chosen, keys = all_upper[start:stop], all_chosen[start:stop], all_keys[start:stop]
-    most_lost, most_length = block_lost.max(), block_length.max()
-    known, count = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    d_sae, rows, most = approx.shape[1], stop - start, all_chosen.shape[1]
+    chosen, spare, keys = all_chosen[start:stop], all_spare[start:stop], all_keys[start:stop]
+    highest, exact = np.empty(blocks, np.float32), np.empty(most, np.float32)
+    first, reach = np.empty(rows, np.float32), np.empty(rows, np.float64)
+    known, count, spares = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+    most_lost, most_length = lost.max(), length.max()
 
     for row in range(rows):
         if computed[start + row] != 0:
@@ -218,16 +246,23 @@ def select(
             for q in range(len(products_of)):
                 at_most = _upper(products_of[q], spread, bias_of[q])
                 highest[q] = highest[q] if highest[q] > at_most else at_most
-        upper[row] = highest
         # Any k features give a lower bound of the k-th value; the best of the k best blocks give a good one.
-        first[row] = np.partition(highest, blocks - k)[blocks - k]
+        first[row] = _kth_largest_or_less(highest, k)
+        # Those that may be wanted next are noted while the row is in cache; two errors lower is nearly always enough.
+        error = of_lost[start + row] * most_lost + of_length[start + row] * most_length + constant
+        reach[row] = first[row] - 2 * (error + spread * abs(first[row]))
         for q in range(blocks):
-            if highest[q] >= first[row]:
+            if highest[q] >= reach[row]:
                 for j in range(q, d_sae, blocks):
-                    if _upper(approx[start + row, j], spread, bias[j]) >= first[row]:
+                    at_most = _upper(approx[start + row, j], spread, bias[j])
+                    if at_most >= first[row]:
                         if count[row] < most:
                             chosen[row, count[row]] = j
                         count[row] += 1
+                    elif at_most >= reach[row]:
+                        if spares[row] < most:
+                            spare[row, spares[row]] = j
+                        spares[row] += 1
         if count[row] > most:
             computed[start + row], count[row] = TOO_MANY, 0
     _compute(chosen, known, count, x, weights, bias, keys, start)
@@ -237,32 +272,25 @@ def select(
             continue
         by_lost, by_length, kept = of_lost[start + row], of_length[start + row], True
         for c in range(count[row]):
-            j, value = chosen[row, c], np.float64(_value_of(keys[row, c]))
-            error = by_lost * lost[j] + by_length * length[j] + constant
-            kept = kept and value <= _upper(approx[start + row, j], spread, bias[j]) + error + SLACK * (
-                abs(value) + error
-            )
+            j, exact[c] = chosen[row, c], _value_of(keys[row, c])
+            at_most = _upper(approx[start + row, j], spread, bias[j])
+            kept = kept and at_most >= _needed(exact[c], by_lost * lost[j] + by_length * length[j] + constant)
         known[row] = count[row]
         if not kept:
             computed[start + row] = BOUND_BROKEN
             continue
-        least = np.float64(_value_of(np.partition(keys[row, : count[row]], count[row] - k)[count[row] - k]))
-        error = by_lost * most_lost + by_length * most_length + constant
-        any_needed = least - error - SLACK * (abs(least) + error)
-        for q in range(blocks):
-            if upper[row, q] < any_needed:
+        least = _kth_largest_or_less(exact[: count[row]], k)
+        lowest_needed = _needed(least, by_lost * most_lost + by_length * most_length + constant)
+        noted = lowest_needed >= reach[row] and spares[row] <= most
+        for c in range(spares[row] if noted else d_sae):
+            j = np.int64(spare[row, c]) if noted else c
+            at_most = _upper(approx[start + row, j], spread, bias[j])
+            if at_most < lowest_needed or at_most >= first[row]:
                 continue
-            error = by_lost * block_lost[q] + by_length * block_length[q] + constant
-            needed = least - error - SLACK * (abs(least) + error)
-            if upper[row, q] >= needed:
-                for j in range(q, d_sae, blocks):
-                    at_most = _upper(approx[start + row, j], spread, bias[j])
-                    if needed <= at_most < first[row]:
-                        error = by_lost * lost[j] + by_length * length[j] + constant
-                        if at_most >= least - error - SLACK * (abs(least) + error):
-                            if count[row] < most:
-                                chosen[row, count[row]] = j
-                            count[row] += 1
+            if at_most >= _needed(least, by_lost * lost[j] + by_length * length[j] + constant):
+                if count[row] < most:
+                    chosen[row, count[row]] = j
+                count[row] += 1
         if count[row] > most:
             computed[start + row], count[row] = TOO_MANY, known[row]
     _compute(chosen, known, count, x, weights, bias, keys, start)
@@ -270,8 +298,12 @@ def select(
     for row in range(rows):
         if computed[start + row] == 0:
             computed[start + row] = count[row]
-            ordered = np.sort(keys[row, : count[row]])
-            for place in range(k):
-                key = ordered[count[row] - 1 - place]
-                indices[start + row, place] = np.int64(0xFFFFFFFF) - (key & np.int64(0xFFFFFFFF))
-                values[start + row, place] = _value_of(key)
+            mine = keys[row, : count[row]]
+            for key in mine:
+                # No two keys are equal. Few enough are here for counting to be faster than sorting.
+                place = 0
+                for other in mine:
+                    place += other > key
+                if place < k:
+                    indices[start + row, place] = np.int64(0xFFFFFFFF) - (key & np.int64(0xFFFFFFFF))
+                    values[start + row, place] = _value_of(key)

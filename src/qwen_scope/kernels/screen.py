@@ -30,7 +30,7 @@ behind our back or that the product is worse than assumed. Then nothing is retur
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,11 +42,11 @@ from qwen_scope.kernels.threads import share
 
 Product = Literal["bfloat16", "float32"]
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512
 """Tokens in one product: enough to read the weights once for all of them at full speed."""
 CHUNK_BYTES = 32 * 2**20
 """Approximate pre-activations held at a time."""
-BLOCK = 64
+BLOCK = 32
 """Features whose largest value stands for them, where there are plenty."""
 FEW_TOKENS = 2
 """Up to here one pass over the weights by loops of our own is faster than a matrix product."""
@@ -135,18 +135,13 @@ class Screen:
         indices, values = torch.empty(tokens, k, dtype=torch.long), torch.empty(tokens, k)
         computed = np.zeros(tokens, np.int32)
         most = min(d_sae, max(4 * k + 64, d_sae // 16))
-        blocks = _Blocks.of(self, k)
         chunk = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (d_sae * self.operand.element_size()), tokens))
         room = torch.empty(chunk, d_sae, dtype=self.operand.dtype if tokens > FEW_TOKENS else torch.float32)
-        scratch = (
-            np.empty((chunk, len(blocks.lost)), np.float32),
-            np.empty((chunk, most), np.int64),
-            np.empty((chunk, most), np.int64),
-        )
+        scratch = tuple(np.empty((chunk, most), dtype) for dtype in (np.int64, np.int32, np.int64))
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
             found = (indices[rows].numpy(), values[rows].numpy(), computed[rows])
-            self._encode_chunk(x[rows].detach().float().contiguous(), k, blocks, room, scratch, *found)
+            self._encode_chunk(x[rows].detach().float().contiguous(), k, room, scratch, *found)
         if (computed == BOUND_BROKEN).any():
             raise BoundBroken
         left = torch.from_numpy(computed < 0)
@@ -156,13 +151,16 @@ class Screen:
             reference.refuse_non_finite(values)
         return indices, values
 
+    def _blocks(self, k: int) -> int:
+        """Eight times as many as are needed, if there are as many features."""
+        return -(-len(self.b_enc) // max(1, min(BLOCK, len(self.b_enc) // (8 * k))))
+
     def _encode_chunk(
         self,
         x: Float[Tensor, "chunk d_model"],
         k: int,
-        blocks: "_Blocks",
         room: Tensor,
-        scratch: tuple[np.ndarray, np.ndarray, np.ndarray],
+        scratch: tuple[np.ndarray, ...],
         indices: Int[np.ndarray, "chunk k"],
         values: Float[np.ndarray, "chunk k"],
         computed: Int[np.ndarray, " chunk"],
@@ -182,7 +180,7 @@ class Screen:
         # Not `>`: comparisons with NaN are false.
         computed[~(norm * max(largest, 1.0) < LARGEST)] = compiled.TOO_MANY
         approx = room[:tokens]
-        if tokens <= FEW_TOKENS:
+        if len(room) <= FEW_TOKENS:
             few = operand.float()
             share(partial(compiled.products, few.numpy(), bits(self.operand), approx.numpy()), len(self.b_enc), BLOCK)
         else:
@@ -198,11 +196,10 @@ class Screen:
             self.b_enc,
             self.lost,
             self.length,
-            blocks.lost,
-            blocks.length,
             norm,
             lost + d_model * 2.0**-23 * length,
             flushed,
+            self._blocks(k),
             k,
             *scratch,
             indices,
@@ -210,24 +207,6 @@ class Screen:
             computed,
         )
         share(select, tokens)
-
-
-class _Blocks(NamedTuple):
-    """The largest norms in each block of features, so that blocks can be passed over whole."""
-
-    lost: Float[np.ndarray, " blocks"]
-    length: Float[np.ndarray, " blocks"]
-
-    @staticmethod
-    def of(screen: Screen, k: int) -> "_Blocks":
-        # Eight times as many blocks as are needed, if there are as many features.
-        size = max(1, min(BLOCK, len(screen.b_enc) // (8 * k)))
-        count = -(-len(screen.b_enc) // size)
-        empty = np.zeros(count * size - len(screen.b_enc))
-        # Features `count` apart share a block: then largest values are taken of whole vectors.
-        return _Blocks(
-            *(np.concatenate([of, empty]).reshape(size, count).max(0) for of in (screen.lost, screen.length))
-        )
 
 
 def _multiply(x: Tensor, weights: Tensor, out: Tensor, start: int, stop: int) -> None:
