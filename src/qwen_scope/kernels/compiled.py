@@ -98,8 +98,25 @@ def row_norms(given: Any, norm: Any, start: int, stop: int) -> None:  # pragma: 
 
 @_compiled
 def products(x: Any, weights: Any, out: Any, start: int, stop: int) -> None:  # pragma: no cover
-    """`out[n, f] = x[n] . weights[f]` for the features from start to stop: each row of the weights is read once."""
-    for f in range(start, stop):
+    """`out[n, f] = x[n] . weights[f]` for the features from start to stop: each row of the weights is read once.
+
+    Four features far apart at a time: four streams from memory are faster than one.
+    """
+    quarter = (stop - start) // 4
+    for step in range(quarter):
+        f0 = start + step
+        f1, f2, f3 = f0 + quarter, f0 + 2 * quarter, f0 + 3 * quarter
+        row0, row1, row2, row3 = weights[f0], weights[f1], weights[f2], weights[f3]
+        for n in range(x.shape[0]):
+            row_x = x[n]
+            total0, total1, total2, total3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for d in range(len(row_x)):
+                total0 += row_x[d] * _number(row0[d])
+                total1 += row_x[d] * _number(row1[d])
+                total2 += row_x[d] * _number(row2[d])
+                total3 += row_x[d] * _number(row3[d])
+            out[n, f0], out[n, f1], out[n, f2], out[n, f3] = total0, total1, total2, total3
+    for f in range(start + 4 * quarter, stop):
         for n in range(x.shape[0]):
             total = np.float32(0)
             for d in range(x.shape[1]):
