@@ -1,7 +1,8 @@
 """Markdown tables from the benchmarks' JSON, between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`.
 
-`python benchmarks/table.py` writes them into README.md and docs/performance.md; with `--check` it writes nothing and
-exits 1 with one sentence if a table is stale. NAME is that of a file in results/, or `summary`, which needs three.
+`python benchmarks/table.py` writes them into README.md and docs/performance.md, and prints them; with `--check` it
+writes nothing and exits 1 with one sentence if a table is stale. NAME is that of a file in results/, or `summary`, which
+needs three.
 """
 
 import argparse
@@ -233,6 +234,12 @@ def duration(seconds: float) -> str:
     return f"{number:.{digits}f} {unit}"
 
 
+def fresh_tables(files: list[Path]) -> str:
+    """All tables in some files, once each."""
+    found = {match[2]: match[0] for file in files for match in MARKED.finditer(file.read_text(encoding="utf-8"))}
+    return "\n".join(found.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=FILES, help="default: README.md, docs/performance.md")
@@ -246,6 +253,8 @@ def main() -> None:
             raise SystemExit(f"a benchmark table in {file.name} is stale: run `python benchmarks/table.py`")
         if fresh != text:
             file.write_text(fresh, encoding="utf-8")
+    if not args.check:
+        print(fresh_tables(args.files))
 
 
 if __name__ == "__main__":

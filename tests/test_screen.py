@@ -1,6 +1,7 @@
 """The screened encoder against float64: a hunt for inputs that break its bound, ties, batches, odd sizes, bad rows."""
 
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from qwen_scope import QwenScopeError, TopKSAE
 from qwen_scope.kernels import Encoder, compiled, encode, reference, screen
 from qwen_scope.kernels.screen import BoundBroken, Screen
+from qwen_scope.kernels.threads import share
 
 PRODUCTS = ["bfloat16", "float32"]
 TOKENS = 32
@@ -131,6 +133,8 @@ def test_no_input_breaks_the_bound(kind, product):
         assert made is not None
         assert made.can_serve(k) or 4 * k > d_sae
         indices, values = made.encode(x, k)
+        alone = made.encode(x[:2], k)
+        assert torch.equal(alone[0], indices[:2])
         expected_indices, expected_values, near = by_float64(x, W, b, k)
         clear = ~near
         assert torch.equal(indices[clear], expected_indices[clear])
@@ -143,7 +147,7 @@ def test_no_input_breaks_the_bound(kind, product):
 
 @pytest.mark.parametrize("kind", [gaussian, rounding_against_us], ids=lambda kind: kind.__name__)
 def test_the_hunt_has_teeth(kind):
-    # With half of the bound the same inputs give wrong features, or an exact value is caught above it.
+    # With a fiftieth of the bound the same inputs give wrong features, or an exact value is caught above it.
     caught = 0
     for seed in range(PROBLEMS):
         x, W, b = kind(torch.Generator().manual_seed(seed), 2 + seed, 333)
@@ -330,9 +334,103 @@ def test_weights_changed_behind_its_back_show_in_the_bound():
     W.data[1::2] *= -2
     found = encode(x, W, b, 9, encoder)
     assert torch.equal(found[0], Screen.of(W, b, "bfloat16").encode(x, 9)[0])
-    W.data[3] += 1.0
+    b.data[3] += 1000
+    assert (encode(x, W, b, 9, encoder)[0][:, 0] == 3).all()
+    W.data[7] = 100 * x[0]
     encoder.forget()
-    assert torch.equal(encode(x, W, b, 9, encoder)[0], Screen.of(W, b, "bfloat16").encode(x, 9)[0])
+    assert encode(x, W, b, 9, encoder)[0][0, 0] == 7
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
+def test_weights_in_training_are_never_stale(options):
+    x, W, b = draw(20)
+    W.requires_grad_()
+    b.requires_grad_()
+    optimizer = torch.optim.Adam([W, b], lr=0.1, **options)
+    encoder = Encoder("cpu-bfloat16")
+    for _ in range(4):
+        indices, values = encode(x, W, b, 9, encoder)
+        expected = Screen.of(W, b, "float32").encode(x, 9)
+        assert torch.equal(indices, expected[0])
+        assert torch.equal(values.detach(), expected[1])
+        optimizer.zero_grad()
+        (values - 1).pow(2).sum().backward()
+        optimizer.step()
+    W.requires_grad_(False)
+    b.requires_grad_(False)
+    assert torch.equal(encode(x, W, b, 9, encoder)[0], Screen.of(W, b, "float32").encode(x, 9)[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 5, 600])
+def test_inference_mode_and_autocast_change_nothing(tokens, threads):
+    x, W, b = draw(tokens)
+
+    def both() -> list[Tensor]:
+        return [*encode(x, W, b, 9, Encoder("cpu-bfloat16")), *encode(x, W, b, 9)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        expected = both()
+        for context in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+            with context:
+                assert all(torch.equal(*pair) for pair in zip(both(), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e30, -float("inf")])
+def test_features_masked_by_a_very_low_bias(low):
+    x, W, b = draw(6)
+    b[:] = low
+    b[100:103] = 0.0
+    if low == -float("inf"):
+        assert Screen.of(W, b, "bfloat16") is None
+        return
+    found = encode(x, W, b, 8, Encoder("cpu-bfloat16"))
+    expected = reference.encode(x, W, b, 8)
+    assert torch.equal(found[0], expected[0])
+    b[103] = 3.4028234e38
+    with pytest.raises(QwenScopeError, match="NaN or infinity"):
+        encode(1e16 * x, 1e16 * W.abs(), b, 3, Encoder("cpu-bfloat16"))
+
+
+def test_an_interrupted_part_waits_for_the_others():
+    done = []
+
+    def part(start: int, stop: int) -> None:
+        if start == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        done.append(start)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyboardInterrupt):
+            share(part, 10)
+        assert done == [5]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_larger_k_is_chosen_for_anew():
+    x, W, b = draw(6)
+    encoder = Encoder("cpu-bfloat16")
+    encode(x, W, b, 300, encoder)
+    assert str(encoder.choice) == "reference (more than a quarter of the features is kept)"
+    encode(x, W, b, 5, encoder)
+    assert str(encoder.choice) == "cpu-bfloat16 (asked for)"
+    assert torch.equal(encode(x, W, b, 125, encoder)[0], Screen.of(W, b, "bfloat16").encode(x, 125)[0])
+
+
+def test_more_candidates_than_are_counted_are_sorted():
+    x, W, b = draw(6, d_sae=3000)
+    found, expected = Screen.of(W, b, "bfloat16").encode(x, 700), by_float64(x, W, b, 700)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_a_product_that_breaks_the_bound_is_given_up(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen_scope.checkpoint.contents import OwnLayer
-from qwen_scope.checkpoint.weights import Weights
+from qwen_scope.checkpoint.weights import Weights, check_finite
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import cache_folder, read_safetensors, write_safetensors
 from qwen_scope.kernels import Choice, Kernel, choose
@@ -31,16 +31,19 @@ def prepare(layer: OwnLayer, k: int, activation: Activation, kernel: Kernel | No
     Raises:
         QwenScopeError: a file that cannot be used, or a cache folder that cannot be written.
     """
-    path = _place(layer.path())
-    weights = layer(check_numbers=not path.exists())
+    weights = layer(check_numbers=False)
+    path = _place(layer.path(), weights)
+    tensors = _opened(path, weights)
+    if not tensors:
+        check_finite(weights, layer.path())
     choice = Choice(kernel, "asked for") if kernel else choose(weights.W_enc, weights.b_enc, k)
     screened = choice.kernel == SCREENED and weights.W_enc.dtype == torch.float32
-    tensors = _opened(path)
-    if "decoder" not in tensors or (screened and "operand" not in tensors):
-        write_safetensors(path, _laid_out(weights, screened), {"format": FORMAT})
-        tensors = read_safetensors(path)[0]
+    if not tensors or (screened and "operand" not in tensors):
+        tensors = _laid_out(weights, screened)
+        write_safetensors(path, tensors, {"format": FORMAT})
+        tensors = _opened(path, weights) or tensors
     sae = TopKSAE(weights.W_enc, tensors["decoder"].T, weights.b_enc, weights.b_dec, k, activation, kernel)
-    if screened:
+    if screened and "operand" in tensors:
         screen = Screen(
             product="bfloat16",
             W_enc=weights.W_enc,
@@ -48,25 +51,32 @@ def prepare(layer: OwnLayer, k: int, activation: Activation, kernel: Kernel | No
             b_enc=weights.b_enc.float().numpy(),
             lost=tensors["lost"].numpy(),
             length=tensors["length"].numpy(),
-            shared=True,
+            copied=0,
         )
-        sae.encoder.adopt(screen, sae.W_enc, sae.b_enc, choice)
+        sae.encoder.adopt(screen, sae.W_enc, sae.b_enc, k, choice)
     return sae
 
 
-def _opened(path: Path) -> dict[str, Tensor]:
-    """The tensors of a copy; none where there is none, or a damaged one, which is then made again."""
+def _opened(path: Path, weights: Weights) -> dict[str, Tensor]:
+    """The tensors of a copy; none where there is none, or one that does not fit, which is then made again."""
     try:
-        return read_safetensors(path)[0]
-    except QwenScopeError:
+        tensors, metadata = read_safetensors(path)
+    except (QwenScopeError, OSError):
         return {}
+    shape, d_sae = weights.W_enc.shape, (weights.d_sae,)
+    expected = {"decoder": shape, "operand": shape, "lost": d_sae, "length": d_sae}
+    fits = metadata.get("format") == FORMAT and "decoder" in tensors
+    return tensors if fits and all(tensor.shape == expected.get(name) for name, tensor in tensors.items()) else {}
 
 
-def _place(source: Path) -> Path:
-    """Where the copy of a file lies: another path, size or time of change is another copy."""
+def _place(source: Path, weights: Weights) -> Path:
+    """Where the copy of a file lies: another path, size, time of change or sample of its numbers is another copy."""
     facts = source.resolve().stat()
-    identity = f"{source.resolve()} {facts.st_size} {facts.st_mtime_ns}"
-    name = f"{source.name.partition('.')[0]}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(f"{FORMAT} {source.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode())
+    for tensor in weights:
+        steps = [slice(None, None, max(1, size // 32)) for size in tensor.shape]
+        digest.update((tensor[steps[0]] if tensor.ndim == 1 else tensor[steps[0], steps[1]]).float().numpy().tobytes())
+    name = f"{source.name.partition('.')[0]}-{digest.hexdigest()[:16]}"
     return cache_folder() / "prepared" / f"{name}.safetensors"
 
 

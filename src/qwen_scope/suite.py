@@ -100,7 +100,7 @@ class Suite:
             kernel: which path encodes (`qwen_scope.kernels.choice.Kernel`); by default the fastest one on this machine.
             prepared: keep a copy of each layer used in the cache folder, laid out for encoding and decoding (three
                 quarters of the layer's size); from then on it opens in milliseconds and its pages are shared and
-                reclaimable. For published and safetensors files; others are read as ever.
+                reclaimable. For published and safetensors files on the CPU; others are read as ever.
 
         Raises:
             QwenScopeError: nothing of that name, nothing that says k, a layer that is not there, or files that cannot
@@ -190,7 +190,7 @@ class Suite:
 
     def _load(self, layer: int) -> TopKSAE:
         read = self._contents.read[layer]
-        if self._use_prepared and isinstance(read, OwnLayer):
+        if self._use_prepared and self._device.type == "cpu" and isinstance(read, OwnLayer):
             sae = prepare(read, self.k, self.activation, self._kernel)
             self._check(layer, Weights(*sae.parameters()))
         else:

@@ -69,12 +69,18 @@ def checked(tensors: Mapping[Any, Any], path: Path, check_numbers: bool = True) 
         check_shapes(*(tuple(tensor.shape) for tensor in weights))
     except QwenScopeError as error:
         raise QwenScopeError(f"in {path}: {error}") from error
-    for name, tensor in zip(Weights._fields, weights, strict=True) if check_numbers else ():
+    if check_numbers:
+        check_finite(weights, path)
+    return weights
+
+
+def check_finite(weights: Weights, path: Path) -> None:
+    """Refuses weights with a NaN or an infinity, or none at all; reads every number once."""
+    for name, tensor in zip(Weights._fields, weights, strict=True):
         # aminmax reads once, copies nothing (the files are memory-mapped) and hands NaN through.
         if tensor.numel() == 0 or not torch.stack(torch.aminmax(tensor)).isfinite().all():
             found = "an empty tensor" if tensor.numel() == 0 else "NaN or infinity"
             raise QwenScopeError(f"expected finite weights in {path}, found {found} in {name}; get the file again")
-    return weights
 
 
 def check_keys(tensors: Mapping[Any, Any], keys: tuple[str, ...], path: Path) -> None:

@@ -37,7 +37,7 @@ class Source:
     device: str | None = None
     """Where to compute, such as `cpu` or `cuda:1`. Default: the first GPU if there is one."""
     kernel: Literal["reference", "cpu-bfloat16", "cpu-float32", "triton"] | None = None
-    """Which path encodes. Default: the fastest one on this machine, measured once; all give the same features."""
+    """Which path encodes. Default: the fastest one on this machine, measured once."""
     prepared: bool = False
     """Keep a copy of each layer used in the cache, laid out so that it opens at once and is shared by processes."""
 

@@ -36,7 +36,7 @@ def encode(
             that hold a NaN or an infinity.
     """
     check_encode(x, W_enc, b_enc, k)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         find = reference.encode if encoder is None else encoder.encode
         indices, values = find(x, W_enc, b_enc, k)
     if torch.is_grad_enabled() and (x.requires_grad or W_enc.requires_grad or b_enc.requires_grad):

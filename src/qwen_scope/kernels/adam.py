@@ -127,8 +127,9 @@ class AdamRows:
             self.square.numpy(),
             *(np.float32(number) for number in numbers),
         )
-        share_features(gradient.pairs, adam)
+        # Before the first row changes: whoever looks at the version must not miss an interrupted step.
         torch.autograd.graph.increment_version(self.parameter)
+        share_features(gradient.pairs, adam)
 
     def _loops(self, gradient: RowGradient) -> Any:
         expected, found = tuple(self.parameter.shape), (gradient.pairs.d_sae, gradient.rows.shape[1])

@@ -1,5 +1,6 @@
 """What `encode` and `decode` refuse: shapes, dtypes and devices that do not agree, one sentence each."""
 
+import torch
 from torch import Tensor
 
 from qwen_scope.errors import QwenScopeError
@@ -14,8 +15,8 @@ def check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
         )
     if x.numel() == 0:
         raise QwenScopeError(f"expected at least one token, found x of shape {tuple(x.shape)}; pass a token")
-    if not 1 <= k <= len(W_enc):
-        raise QwenScopeError(f"expected k from 1 to d_sae = {len(W_enc)}, found k = {k}; choose one of those")
+    if not isinstance(k, int) or not 1 <= k <= len(W_enc):
+        raise QwenScopeError(f"expected k from 1 to d_sae = {len(W_enc)}, found k = {k!r}; choose one of those")
     _check_kinds(x=x, W_enc=W_enc, b_enc=b_enc)
 
 
@@ -26,7 +27,7 @@ def check_decode(indices: Tensor, values: Tensor, decoder: Tensor, b_dec: Tensor
             "expected indices and values (tokens, k), decoder (d_sae, d_model) and b_dec (d_model,), found "
             f"{_shapes(indices, values, decoder, b_dec)}; pass what encode gave and the decoder's rows"
         )
-    if indices.is_floating_point() or indices.is_complex():
+    if indices.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise QwenScopeError(f"expected whole numbers as indices, found {indices.dtype}; pass what encode gave")
     _check_kinds(values=values, decoder=decoder, b_dec=b_dec)
     if indices.device != decoder.device:

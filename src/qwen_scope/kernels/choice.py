@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -63,9 +64,9 @@ def choose(W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"]
     if problem:
         return Choice("reference", problem)
     key = _key(W_enc, k)
-    if key not in _chosen:
-        _chosen[key] = _remembered(key) or _measured(key, W_enc.detach(), b_enc.detach(), k)
-    return _chosen[key]
+    if key not in _chosen and (found := _remembered(key)):
+        _chosen[key] = found
+    return _chosen.get(key) or _measured(key, W_enc.detach(), b_enc.detach(), k)
 
 
 def unavailable(kernel: Kernel, device: torch.device) -> str | None:
@@ -106,12 +107,13 @@ def screen_of(kernel: Kernel, W_enc: Float[Tensor, "d_sae d_model"], b_enc: Floa
 
 @torch.no_grad()
 def _measured(key: str, W_enc: Tensor, b_enc: Tensor, k: int) -> Choice:
-    if not _file().is_file():
+    if not _all_remembered():
         sys.stderr.write("qwen-scope: compiling and measuring kernels for this machine (once, up to half a minute)\n")
     kernels: list[Kernel] = ["triton"] if W_enc.device.type == "cuda" else ["cpu-bfloat16", "cpu-float32"]
     batch = 1024 if W_enc.is_cuda else max(4, min(64, int(PROBE_FLOPS / (2 * W_enc.numel()))))
     inputs = [_probe(tokens, W_enc) for tokens in (1, batch)]
-    seconds = _seconds(_runs(["reference", *kernels], W_enc, b_enc, k), inputs)
+    runs = _runs(["reference", *kernels], W_enc, b_enc, k)
+    seconds = _seconds(runs, inputs)
     ratios: dict[Kernel, list[float]] = {
         kernel: [at / by for at, by in zip(seconds["reference"], times, strict=True)]
         for kernel, times in seconds.items()
@@ -125,7 +127,9 @@ def _measured(key: str, W_enc: Tensor, b_enc: Tensor, k: int) -> Choice:
     else:
         one, many = ratios[best]
         choice = Choice(best, f"{one:.1f} times as fast as the reference for 1 token, {many:.1f} for {batch}, here")
-    _remember(key, choice)
+    if len(runs) > len(kernels):  # else it says something of these weights, not of the machine
+        _chosen[key] = choice
+        _remember(key, choice)
     return choice
 
 
@@ -134,7 +138,7 @@ def _runs(kernels: list[Kernel], W_enc: Tensor, b_enc: Tensor, k: int) -> dict[K
     runs: dict[Kernel, Any] = {}
     for kernel in kernels:
         if kernel == "reference":
-            runs[kernel] = lambda x: reference.encode(x, W_enc, b_enc, k)
+            runs[kernel] = lambda x: reference.encode_rows(x, W_enc, b_enc, k)
             continue
         try:
             screen = screen_of(kernel, W_enc, b_enc)
@@ -142,12 +146,10 @@ def _runs(kernels: list[Kernel], W_enc: Tensor, b_enc: Tensor, k: int) -> dict[K
                 screen.encode(_probe(3, W_enc), k)
                 screen.encode(_probe(1, W_enc), k)
                 runs[kernel] = lambda x, screen=screen: screen.encode(x, k)
-        except BoundBroken:
-            continue
-        except Exception:
+        except Exception as error:
             # A compiler that does not work on this machine can raise anything; the reference always works.
-            if kernel != "triton":
-                raise
+            if not isinstance(error, BoundBroken):
+                warnings.warn(f"the kernel {kernel} cannot be used here: {reason(error)}", stacklevel=2)
     return runs
 
 
@@ -200,7 +202,7 @@ def _file() -> Path:
 def _all_remembered() -> dict[str, Any]:
     try:
         found = json.loads(_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -217,5 +219,5 @@ def _remember(key: str, choice: Choice) -> None:
         with replacing(_file()) as temporary:
             everything = {**_all_remembered(), key: {"kernel": choice.kernel, "why": choice.why}}
             temporary.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    except QwenScopeError:
+    except (QwenScopeError, RuntimeError):
         return  # a cache that cannot be written costs a second in every process, no more

@@ -20,6 +20,7 @@ intrinsic: Any = extending.intrinsic  # whose type would be that of the function
 _FAST = {"reassoc", "contract", "nsz", "nnan", "ninf"}
 _LOWEST = np.float32(-3.4e38)
 SLACK = 2.0**-20
+FEW_KEYS = 256
 BOUND_BROKEN = -1
 TOO_MANY = -2
 
@@ -280,7 +281,7 @@ def select(
                         if spares[row] < most:
                             spare[row, spares[row]] = j
                         spares[row] += 1
-        if count[row] > most:
+        if count[row] > most or count[row] < k:  # fewer only where values are not finite
             computed[start + row], count[row] = TOO_MANY, 0
     _compute(chosen, known, count, x, weights, bias, keys, start)
 
@@ -316,11 +317,15 @@ def select(
         if computed[start + row] == 0:
             computed[start + row] = count[row]
             mine = keys[row, : count[row]]
-            for key in mine:
-                # No two keys are equal. Few enough are here for counting to be faster than sorting.
-                place = 0
-                for other in mine:
-                    place += other > key
+            few = count[row] <= FEW_KEYS
+            if not few:
+                mine = np.sort(mine)[::-1]
+            for at in range(count[row]):
+                place = at
+                if few:  # no two keys are equal, and counting the larger ones is faster than sorting
+                    place = 0
+                    for other in mine:
+                        place += other > mine[at]
                 if place < k:
-                    indices[start + row, place] = np.int64(0xFFFFFFFF) - (key & np.int64(0xFFFFFFFF))
-                    values[start + row, place] = _value_of(key)
+                    indices[start + row, place] = np.int64(0xFFFFFFFF) - (mine[at] & np.int64(0xFFFFFFFF))
+                    values[start + row, place] = _value_of(mine[at])

@@ -19,15 +19,18 @@ class Encoder:
     Args:
         kernel: a path to use instead of the one that `choose` finds.
 
-    Changed weights are noticed by their version, as every in-place operation of torch counts it up. Changes through
-    `.data` do not; those show when an exact value lies above its bound, or through `forget()`.
+    Trainable weights are prepared at every call. Frozen ones are when they have changed, which shows in torch's version of
+    them, in the bias or in a sample of the weights. A change through `.data` of a few rows may show nowhere: call `forget()`
+    after it.
     """
 
     def __init__(self, kernel: Kernel | None = None):
         self.kernel: Kernel | None = kernel
         self._choice: Choice | None = None
         self._screen: Any = None
+        self._chosen_for = 0
         self._prepared_for: tuple[Any, ...] | None = None
+        self._numbers: list[Tensor] = []
         self._lock = threading.Lock()
 
     @property
@@ -67,21 +70,35 @@ class Encoder:
                 self.forget()
         else:
             self._give_up("its product is less precise than the bound assumes")
-            self._prepared_for = self._state(W_enc, b_enc)
+            self._remember(W_enc, b_enc)
         return reference.encode(x, W_enc, b_enc, k)
 
-    def adopt(self, screen: Any, W_enc: Tensor, b_enc: Tensor, choice: Choice) -> None:
-        """Takes a screen that somebody else has prepared for these weights."""
-        self._screen, self._choice = screen, choice
-        self._prepared_for = self._state(W_enc, b_enc)
+    def adopt(self, screen: Any, W_enc: Tensor, b_enc: Tensor, k: int, choice: Choice) -> None:
+        """Takes a screen that somebody else has prepared for these weights, chosen for this k."""
+        self._screen, self._choice, self._chosen_for = screen, choice, k
+        self._remember(W_enc, b_enc)
 
     def _prepared(self, W_enc: Tensor, b_enc: Tensor, k: int) -> Any:
         with self._lock:
-            if self._prepared_for != self._state(W_enc, b_enc):
+            if 4 * k > len(b_enc):
+                self._choice = self._choice or Choice("reference", "more than a quarter of the features is kept")
+                return None
+            changed = self._prepared_for != self._state(W_enc, b_enc) or not self._same_numbers(W_enc, b_enc)
+            # Fused optimisers change weights without counting the version up.
+            if changed or W_enc.requires_grad or b_enc.requires_grad or k > 2 * self._chosen_for:
                 self._choice = Choice(self.kernel, "asked for") if self.kernel else choose(W_enc, b_enc, k)
+                self._chosen_for = k
                 self._screen = screen_of(self._choice.kernel, W_enc, b_enc)
-                self._prepared_for = self._state(W_enc, b_enc)
+                if self._screen is None and self._choice.kernel != "reference":
+                    self._choice = Choice("reference", "the weights are too large, not finite or of another dtype")
+                self._remember(W_enc, b_enc)
             return self._screen
+
+    def _remember(self, W_enc: Tensor, b_enc: Tensor) -> None:
+        self._prepared_for, self._numbers = self._state(W_enc, b_enc), [t.clone() for t in _sample(W_enc, b_enc)]
+
+    def _same_numbers(self, W_enc: Tensor, b_enc: Tensor) -> bool:
+        return all(torch.equal(*pair) for pair in zip(self._numbers, _sample(W_enc, b_enc), strict=True))
 
     def _give_up(self, why: str) -> None:
         assert self._choice is not None
@@ -98,3 +115,11 @@ class Encoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
+
+
+def _sample(W_enc: Tensor, b_enc: Tensor) -> list[Tensor]:
+    """The bias and some weights from all over the matrix; none on a GPU, where looking would mean waiting."""
+    if W_enc.device.type != "cpu":
+        return []
+    rows, columns = (max(1, size // 32) for size in W_enc.shape)
+    return [b_enc.detach(), W_enc.detach()[::rows, ::columns]]

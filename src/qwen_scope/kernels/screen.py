@@ -21,8 +21,12 @@ the rounding of the result are as given, flushing at most `2 d_model` intermedia
 **Consequence.** Take any k features, compute their `s_j`; the least of these, `t`, is at most the k-th largest `s_j` of all.
 A feature whose upper bound is below `t` is not among the k largest. The others get a float64 product (in all about 1.2 k on
 real residuals, 1.7 k on Gaussian ones), rounded once to float32. What is returned is therefore the k largest of the exact
-pre-activations, the lower feature first among equals, whatever the batch, the number of threads or the processor. All
-bounds are computed in float64 and widened by 2^-20 of their size, far more than their own rounding.
+pre-activations, the lower feature first among equals, whatever the batch and the number of threads. Another processor may
+add up float64 sums in another order, which shows after rounding about once in a hundred million values.
+
+Errors and comparisons are computed in float64 and widened by `SLACK` = 2^-20 of their size. `u_j` itself is float32: rounding
+its product with 1 + spread loses 2^-24 |p_j|, for which `spread` is taken 1.0001 times as large (2^-21 |p_j| more), and
+rounding its sum with the bias loses 2^-24 |u_j|, which near `t` lies within the slack.
 
 The first k candidates also test the bound itself: an exact value above its bound means that the weights have changed
 behind our back or that the product is worse than assumed. Then nothing is returned (`BoundBroken`).
@@ -50,8 +54,10 @@ BLOCK = 32
 """Features whose largest value stands for them, where there are plenty."""
 FEW_TOKENS = 2
 """Up to here one pass over the weights by loops of our own is faster than a matrix product."""
+SPREAD = 2**-8 * 1.0001
+"""Relative error of a result rounded to bfloat16, and room for rounding the bound itself, see above."""
 LARGEST = 1e37
-"""Rows that could come near float32's largest number are not screened."""
+"""Rows and biases that could come near float32's largest number are not screened."""
 
 
 class BoundBroken(Exception):
@@ -72,12 +78,15 @@ class Screen:
     """|w_j - w'_j|."""
     length: Float[np.ndarray, " d_sae"]
     """|w'_j|."""
-    shared: bool
-    """Whether `operand` takes no memory of its own."""
+    copied: int
+    """Bytes of the above two that are neither the SAE's own nor a file's."""
 
     @staticmethod
     def of(W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], product: Product) -> "Screen | None":
-        """Prepares an encoder on the CPU, in one pass over its weights; None where a weight is not finite."""
+        """Prepares an encoder on the CPU, in one pass over its weights.
+
+        None where a weight is not finite, or a bias not below `LARGEST` in size.
+        """
         from qwen_scope.kernels import compiled
 
         weights, bias = W_enc.detach().contiguous(), b_enc.detach().float().numpy().copy()
@@ -90,15 +99,16 @@ class Screen:
             operand = weights.to(torch.bfloat16 if product == "bfloat16" else torch.float32)
             share(partial(compiled.row_norms, bits(operand), length), d_sae)
             norm = length
-        if not (np.isfinite(norm).all() and np.isfinite(length).all() and np.isfinite(bias).all()):
+        # Not `>`: comparisons with NaN are false.
+        if not (np.isfinite(norm).all() and np.isfinite(length).all() and (np.abs(bias) < LARGEST).all()):
             return None
-        return Screen(product, weights, operand, bias, lost, length, operand.data_ptr() == weights.data_ptr())
+        own = (weights if weights.data_ptr() != W_enc.data_ptr() else None, None if operand is weights else operand)
+        return Screen(product, weights, operand, bias, lost, length, sum(t.nbytes for t in own if t is not None))
 
     @property
     def nbytes(self) -> int:
         """Bytes that this takes beside the SAE's own tensors."""
-        own = 0 if self.shared else self.operand.nbytes
-        return own + self.b_enc.nbytes + self.lost.nbytes + self.length.nbytes
+        return self.copied + self.b_enc.nbytes + self.lost.nbytes + self.length.nbytes
 
     def can_serve(self, k: int) -> bool:
         """Whether k is small enough for a screen to pay: where most features are kept, all must be computed anyway."""
@@ -136,7 +146,7 @@ class Screen:
         computed = np.zeros(tokens, np.int32)
         most = min(d_sae, max(4 * k + 64, d_sae // 16))
         chunk = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (d_sae * self.operand.element_size()), tokens))
-        room = torch.empty(chunk, d_sae, dtype=self.operand.dtype if tokens > FEW_TOKENS else torch.float32)
+        room = torch.empty(chunk, d_sae, dtype=self.operand.dtype if chunk > FEW_TOKENS else torch.float32)
         scratch = tuple(np.empty((chunk, most), dtype) for dtype in (np.int64, np.int32, np.int64))
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
@@ -190,7 +200,7 @@ class Screen:
         select = partial(
             compiled.select,
             bits(approx),
-            np.float32(2**-8 * 1.0001 if rounded else 0),
+            np.float32(SPREAD if rounded else 0),
             x.numpy(),
             bits(self.W_enc),
             self.b_enc,
@@ -209,6 +219,7 @@ class Screen:
         share(select, tokens)
 
 
+@torch.inference_mode()  # what the caller's thread made there could not be written to otherwise
 def _multiply(x: Tensor, weights: Tensor, out: Tensor, start: int, stop: int) -> None:
     torch.mm(x, weights[start:stop].T, out=out[:, start:stop])
 

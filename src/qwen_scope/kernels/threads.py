@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -34,8 +34,11 @@ def share(function: Callable[[int, int], object], total: int, multiple: int = 1)
     cuts = [min(total, units * i // parts * multiple) for i in range(parts + 1)]
     pool = _workers(threads)
     waiting = [pool.submit(function, start, stop) for start, stop in itertools.pairwise(cuts)]
-    for part in waiting:
-        part.result()
+    try:
+        for part in waiting:
+            part.result()
+    finally:
+        wait(waiting)  # whatever happened, no part goes on writing after this returns
 
 
 def _workers(threads: int) -> ThreadPoolExecutor:
@@ -43,16 +46,18 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     with _lock:
         if _pool is None or _size < threads:
             # All are started at once: setting the number in a new thread changes the caller's too, set back below.
-            started = threading.Barrier(threads)
+            started = threading.Barrier(threads, timeout=60)
 
             def start() -> None:
                 torch.set_num_threads(1)
                 started.wait()
 
             pool = ThreadPoolExecutor(threads, thread_name_prefix="qwen-scope", initializer=start)
-            for waiting in [pool.submit(int) for _ in range(threads)]:
-                waiting.result()
-            torch.set_num_threads(threads)
+            try:
+                for waiting in [pool.submit(int) for _ in range(threads)]:
+                    waiting.result()
+            finally:
+                torch.set_num_threads(threads)
             _pool, _size = pool, threads
         return _pool
 

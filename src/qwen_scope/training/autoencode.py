@@ -26,6 +26,7 @@ def autoencode(
     decoder: Float[Tensor, "d_sae d_model"],
     b_dec: Float[Tensor, " d_model"],
     k: int,
+    encoder: kernels.Encoder | None = None,
 ) -> Autoencoded:
     """`decode(relu(top_k(x @ W_enc.T + b_enc)))` with sparse gradients, to fine-tune an SAE with any loss.
 
@@ -33,11 +34,12 @@ def autoencode(
 
     Args:
         decoder: `W_dec.T`, one contiguous row per feature.
+        encoder: kept from step to step, it encodes by the fastest kernel; without one, the reference does.
 
     Raises:
         QwenScopeError: a token's pre-activations hold a NaN or an infinity.
     """
-    indices, kept = kernels.encode(x, W_enc, b_enc, k)
+    indices, kept = kernels.encode(x, W_enc, b_enc, k, encoder)
     # Where ReLU cuts a value to 0, no gradient passes to the encoder.
     values = kept.relu()
     return Autoencoded(kernels.decode(indices, values, decoder, b_dec), indices, values.detach())

@@ -210,6 +210,11 @@ class SAETrainer:
     def _descend(self, gradients: Gradients) -> None:
         squares = self.adam_W_enc.squared_norm(gradients.W_enc) + self.adam_decoder.squared_norm(gradients.decoder)
         squares += float(gradients.b_enc.pow(2).sum() + gradients.b_dec.pow(2).sum())
+        if not math.isfinite(squares):
+            raise QwenScopeError(
+                f"expected finite gradients, found {squares} as their squared norm at step {self.steps_done}; lower the "
+                "learning rate"
+            )
         factor = min(1.0, LARGEST_NORM / (math.sqrt(squares) + 1e-6))
         rate = self.learning_rate(self.steps_done)
         self.adam_W_enc.step(gradients.W_enc, rate, factor)
