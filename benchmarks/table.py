@@ -153,7 +153,7 @@ def summary(encoded: Found, trained: Found, passed: Found) -> str:
         f"layers prepared; float32, {conditions(encoded)} Ratios are medians. Memory is the peak above the weights and "
         "what is kept beside them; for all layers, the rise of anonymous memory, weights included."
     )
-    return f"{about}\n\n{table([*head, 'memory', 'the card arithmetic takes'], rows)}\n"
+    return f"{about}\n\n{table([*head, 'memory', "memory of the card's arithmetic"], rows)}\n"
 
 
 def all_layers(passed: Found) -> str:

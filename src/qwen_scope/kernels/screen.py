@@ -123,7 +123,7 @@ class Screen:
             weights[:, 0] = 512.0  # so large that bfloat16 loses each of the halves that follow
             exact = 512.0 + 0.5 * (d_model - 1)
             out = torch.empty(tokens, BLOCK, dtype=self.operand.dtype)
-            share(partial(_multiply, x, weights, out), BLOCK, BLOCK)
+            share(partial(_multiply, x, weights, out), BLOCK, BLOCK, calls_torch=True)
             if ((out.double() - exact).abs() > exact * (2**-8 if out.dtype == torch.bfloat16 else 2**-12)).any():
                 return False
         return True
@@ -194,7 +194,7 @@ class Screen:
             few = operand.float()
             share(partial(compiled.products, few.numpy(), bits(self.operand), approx.numpy()), len(self.b_enc), BLOCK)
         else:
-            share(partial(_multiply, operand, self.operand, approx), len(self.b_enc), BLOCK)
+            share(partial(_multiply, operand, self.operand, approx), len(self.b_enc), BLOCK, calls_torch=True)
         flushed = 2.0**-125 * (1 + d_model + d_model**0.5 * (float(length[computed == 0].max(initial=0)) + largest))
         rounded = approx.dtype == torch.bfloat16
         select = partial(

@@ -17,13 +17,15 @@ _pool: ThreadPoolExecutor | None = None
 _size = 0
 
 
-def share(function: Callable[[int, int], object], total: int, multiple: int = 1) -> None:
+def share(function: Callable[[int, int], object], total: int, multiple: int = 1, calls_torch: bool = False) -> None:
     """Runs `function(start, stop)` over the range 0..total, cut into one part a thread.
 
-    Inside the parts torch uses one thread each. Returns when all are done; raises what one of them raised.
+    Returns when all are done; raises what one of them raised.
 
     Args:
         multiple: parts begin at multiples of this.
+        calls_torch: leaves no part to the caller's own thread, in which torch would use all of its threads; in the others
+            it uses one each.
     """
     threads = torch.get_num_threads()
     parts = min(threads, -(-total // multiple))
@@ -33,8 +35,11 @@ def share(function: Callable[[int, int], object], total: int, multiple: int = 1)
     units = -(-total // multiple)
     cuts = [min(total, units * i // parts * multiple) for i in range(parts + 1)]
     pool = _workers(threads)
-    waiting = [pool.submit(function, start, stop) for start, stop in itertools.pairwise(cuts)]
+    spans = list(itertools.pairwise(cuts))
+    waiting = [pool.submit(function, start, stop) for start, stop in (spans if calls_torch else spans[1:])]
     try:
+        if not calls_torch:
+            function(*spans[0])
         for part in waiting:
             part.result()
     finally:
