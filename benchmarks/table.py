@@ -153,7 +153,8 @@ def summary(encoded: Found, trained: Found, passed: Found) -> str:
         f"layers prepared; float32, {conditions(encoded)} Ratios are medians. Memory is the peak above the weights and "
         "what is kept beside them; for all layers, the rise of anonymous memory, weights included."
     )
-    return f"{about}\n\n{table([*head, 'memory', "memory of the card's arithmetic"], rows)}\n"
+    columns = [*head, "memory", "memory, the card's arithmetic"]
+    return f"{about}\n\n{table(columns, rows)}\n"
 
 
 def all_layers(passed: Found) -> str:
