@@ -53,7 +53,20 @@ def test_the_fastest_is_chosen_remembered_and_not_measured_again(weights, cache,
 @pytest.mark.parametrize("half", [(1.1, 2.0), (0.5, 8.1)])
 def test_what_loses_for_one_token_or_for_a_batch_is_not_chosen(weights, monkeypatch, half):
     timed(monkeypatch, reference=(1.0, 8.0), cpu_bfloat16=half, cpu_float32=(1.2, 9.0))
-    assert choose(*weights, 50).kernel == "reference"
+    found = choose(*weights, 50)
+    assert found.kernel == "reference"
+    assert found.why.startswith("cpu-bfloat16 is")
+
+
+def test_an_unlucky_measurement_is_repeated(weights, monkeypatch):
+    taken = iter([(1.1, 9.0), (0.5, 4.0)])
+
+    def fake(runs, inputs):
+        mine = next(taken)
+        return {"reference": [1.0, 8.0], "cpu-bfloat16": list(mine), "cpu-float32": [1.2, 9.0]}
+
+    monkeypatch.setattr(module, "_seconds", fake)
+    assert choose(*weights, 50).kernel == "cpu-bfloat16"
 
 
 def test_a_real_measurement_gives_a_path_that_runs(weights, capsys):

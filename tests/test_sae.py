@@ -183,3 +183,19 @@ def test_features_of_another_dictionary(make_sae):
     features = SparseFeatures(torch.tensor([[1]]), torch.tensor([[1.0]]), 64)
     with pytest.raises(QwenScopeError, match="dictionary of 128, found one of 64"):
         make_sae().decode(features)
+
+
+@pytest.mark.parametrize(
+    ("use", "match"),
+    [
+        (lambda sae: sae.encode(X.numpy()), "expected residuals as a dense tensor, found a ndarray"),
+        (lambda sae: sae.encode([[1.0] * 32]), "found a list; convert it with torch.as_tensor"),
+        (lambda sae: sae.encode(X.to_sparse()), "found a torch.sparse_coo tensor"),
+        (lambda sae: sae.decode(X), "expected the features that encode gave, found a torch.strided tensor"),
+        (lambda sae: TopKSAE(*sae.parameters(), k="8"), "expected k from 1 to d_sae = 128, found k = '8'"),
+        (lambda sae: TopKSAE(*sae.parameters(), k=8, kernel="fast"), "expected a kernel out of reference"),
+    ],
+)
+def test_what_is_no_input(make_sae, use, match, unchecked):
+    with pytest.raises(QwenScopeError, match=match):
+        use(make_sae())

@@ -47,9 +47,9 @@ class TopKSAE(nn.Module):
     ):
         super().__init__()
         check_shapes(W_enc.shape, W_dec.shape, b_enc.shape, b_dec.shape)
-        if not 1 <= k <= len(b_enc):
+        if not isinstance(k, int) or not 1 <= k <= len(b_enc):
             raise QwenScopeError(
-                f"expected k from 1 to d_sae = {len(b_enc)}, found k = {k}; pass the k it was trained with"
+                f"expected k from 1 to d_sae = {len(b_enc)}, found k = {k!r}; pass the k it was trained with"
             )
         if activation not in get_args(Activation):
             raise QwenScopeError(
@@ -95,6 +95,10 @@ class TopKSAE(nn.Module):
             QwenScopeError: another width or device, no positions at all, or residuals that are not finite.
         """
         k = self.k if k is None else k
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            raise QwenScopeError(
+                f"expected residuals as a dense tensor, found {_kind(x)}; convert it with torch.as_tensor or .to_dense()"
+            )
         if x.shape[-1:] != (self.d_model,):
             raise QwenScopeError(
                 f"expected residuals of width d_model = {self.d_model}, found a tensor of shape {tuple(x.shape)}; "
@@ -122,6 +126,8 @@ class TopKSAE(nn.Module):
         Raises:
             QwenScopeError: features of a dictionary of another width.
         """
+        if not isinstance(features, SparseFeatures):
+            raise QwenScopeError(f"expected the features that encode gave, found {_kind(features)}; encode it first")
         if features.d_sae != self.d_sae:
             raise QwenScopeError(
                 f"expected features of a dictionary of {self.d_sae}, found one of {features.d_sae}; decode with the SAE "
@@ -147,6 +153,10 @@ class TopKSAE(nn.Module):
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"d_model={self.d_model}, d_sae={self.d_sae}, k={self.k}, activation={self.activation!r}"
+
+
+def _kind(value: object) -> str:
+    return f"a {value.layout} tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def check_shapes(

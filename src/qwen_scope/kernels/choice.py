@@ -33,6 +33,8 @@ SMALL = 2**20
 PROBE_FLOPS = 8e9
 """Size of the product that is timed."""
 ROUNDS = 3
+ATTEMPTS = 2
+"""How often a path may lose before the reference is chosen for good: the machine may have been busy."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,12 @@ def screen_of(kernel: Kernel, W_enc: Float[Tensor, "d_sae d_model"], b_enc: Floa
     """What a path keeps beside the weights; None for the reference, and for weights it cannot serve.
 
     Raises:
-        QwenScopeError: no such path, or not on this machine and device.
+        QwenScopeError: it cannot run on this machine and device.
     """
-    if kernel not in get_args(Kernel):
-        raise QwenScopeError(f"expected a kernel out of {', '.join(get_args(Kernel))}, found {kernel!r}; choose one")
     if problem := unavailable(kernel, W_enc.device):
-        raise QwenScopeError(f"expected the kernel {kernel} to be usable, found that {problem}; leave the choice to us")
+        raise QwenScopeError(
+            f"expected the kernel {kernel} to be usable, found that {problem}; leave out kernel= (--kernel)"
+        )
     if kernel == "reference" or W_enc.dtype not in (torch.float32, torch.bfloat16):
         return None
     if kernel == "triton":
@@ -113,24 +115,29 @@ def _measured(key: str, W_enc: Tensor, b_enc: Tensor, k: int) -> Choice:
     batch = 1024 if W_enc.is_cuda else max(4, min(64, int(PROBE_FLOPS / (2 * W_enc.numel()))))
     inputs = [_probe(tokens, W_enc) for tokens in (1, batch)]
     runs = _runs(["reference", *kernels], W_enc, b_enc, k)
-    seconds = _seconds(runs, inputs)
+    choice = Choice("reference", "nothing else runs here")
+    for _ in range(ATTEMPTS if len(runs) > 1 else 0):
+        kernel, (one, many) = _fastest(_seconds(runs, inputs))
+        told = f"times as fast as the reference for 1 token, {many:.1f} for {batch}, here"
+        # One token takes a fraction of a millisecond on a GPU, whatever the path.
+        if (many if W_enc.is_cuda else min(one, many)) >= 1:
+            choice = Choice(kernel, f"{one:.1f} {told}")
+            break
+        choice = Choice("reference", f"{kernel} is {one:.1f} {told}")
+    if len(runs) > len(kernels):  # else it says something of these weights, not of the machine
+        _chosen[key] = choice
+        _remember(key, choice)
+    return choice
+
+
+def _fastest(seconds: dict[Kernel, list[float]]) -> tuple[Kernel, list[float]]:
+    """The path, other than the reference, that does best where it does worst, and how many times as fast it is."""
     ratios: dict[Kernel, list[float]] = {
         kernel: [at / by for at, by in zip(seconds["reference"], times, strict=True)]
         for kernel, times in seconds.items()
         if kernel != "reference"
     }
-    # One token takes a fraction of a millisecond on a GPU, whatever the path.
-    worst: dict[Kernel, float] = {kernel: of[-1] if W_enc.is_cuda else min(of) for kernel, of in ratios.items()}
-    best = max(worst, key=worst.__getitem__, default=None)
-    if best is None or worst[best] < 1:
-        choice = Choice("reference", "nothing else was faster here")
-    else:
-        one, many = ratios[best]
-        choice = Choice(best, f"{one:.1f} times as fast as the reference for 1 token, {many:.1f} for {batch}, here")
-    if len(runs) > len(kernels):  # else it says something of these weights, not of the machine
-        _chosen[key] = choice
-        _remember(key, choice)
-    return choice
+    return max(ratios.items(), key=lambda item: min(item[1]))
 
 
 def _runs(kernels: list[Kernel], W_enc: Tensor, b_enc: Tensor, k: int) -> dict[Kernel, Any]:

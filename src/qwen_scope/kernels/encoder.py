@@ -2,12 +2,13 @@
 
 import threading
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qwen_scope.errors import QwenScopeError
 from qwen_scope.kernels import reference
 from qwen_scope.kernels.choice import Choice, Kernel, choose, screen_of
 from qwen_scope.kernels.screen import BoundBroken
@@ -19,12 +20,19 @@ class Encoder:
     Args:
         kernel: a path to use instead of the one that `choose` finds.
 
+    Raises:
+        QwenScopeError: no such kernel.
+
     Trainable weights are prepared at every call. Frozen ones are when they have changed, which shows in torch's version of
     them, in the bias or in a sample of the weights. A change through `.data` of a few rows may show nowhere: call `forget()`
     after it.
     """
 
     def __init__(self, kernel: Kernel | None = None):
+        if kernel is not None and kernel not in get_args(Kernel):
+            raise QwenScopeError(
+                f"expected a kernel out of {', '.join(get_args(Kernel))}, found {kernel!r}; choose one"
+            )
         self.kernel: Kernel | None = kernel
         self._choice: Choice | None = None
         self._screen: Any = None

@@ -60,8 +60,8 @@ def refuse_non_finite(values: Float[Tensor, "tokens k"]) -> None:
     if bad.any():
         raise QwenScopeError(
             f"expected finite residuals, found NaN or infinity in the pre-activations of {int(bad.sum())} of {len(values)} "
-            f"tokens (the first at row {int(bad.nonzero()[0])}); check the model's dtype: float16 overflows on "
-            "residual streams, bfloat16 and float32 do not"
+            f"tokens (the first at row {int(bad.nonzero()[0])}); check the model's dtype (float16 overflows on "
+            "residual streams, bfloat16 and float32 do not) and the SAE's weights"
         )
 
 
