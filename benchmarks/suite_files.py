@@ -96,6 +96,8 @@ def add_options(options: argparse.ArgumentParser) -> None:
 @contextmanager
 def scratch(parent: Path | None, keep: bool) -> Iterator[Path]:
     """A new folder, with this package's cache in it so that prepared copies are made anew, and removed with it."""
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix="qwen-scope-benchmark-", dir=parent))
     os.environ["QWEN_SCOPE_CACHE"] = str(folder / "cache")
     try:
