@@ -131,7 +131,6 @@ def test_no_input_breaks_the_bound(kind, product):
         k = 1 + int(torch.randint(max(1, d_sae // 4), (1,), generator=g))
         made = Screen.of(W, b, product)
         assert made is not None
-        assert made.can_serve(k) or 4 * k > d_sae
         indices, values = made.encode(x, k)
         alone = made.encode(x[:2], k)
         assert torch.equal(alone[0], indices[:2])

@@ -108,8 +108,6 @@ class TopKSAE(nn.Module):
             raise QwenScopeError(
                 f"expected residuals on the SAE's device {self.device}, found them on {x.device}; move one with .to()"
             )
-        if not 1 <= k <= self.d_sae:
-            raise QwenScopeError(f"expected k from 1 to d_sae = {self.d_sae}, found k = {k}; choose one of those")
         if x.numel() == 0:
             raise QwenScopeError(
                 f"expected at least one residual, found a tensor of shape {tuple(x.shape)}; pass a token"

@@ -60,7 +60,7 @@ def choose(W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"]
         return Choice("reference", "the encoder is small")
     if W_enc.dtype not in (torch.float32, torch.bfloat16):
         return Choice("reference", f"the weights are {W_enc.dtype}".replace("torch.", ""))
-    if 4 * k > len(b_enc):
+    if not screening_pays(k, len(b_enc)):
         return Choice("reference", "more than a quarter of the features is kept")
     problem = unavailable("triton" if W_enc.device.type == "cuda" else "cpu-float32", W_enc.device)
     if problem:
@@ -69,6 +69,11 @@ def choose(W_enc: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"]
     if key not in _chosen and (found := _remembered(key)):
         _chosen[key] = found
     return _chosen.get(key) or _measured(key, W_enc.detach(), b_enc.detach(), k)
+
+
+def screening_pays(k: int, d_sae: int) -> bool:
+    """Whether k is small enough for a screen: where most features are kept, all must be computed anyway."""
+    return 4 * k <= d_sae
 
 
 def unavailable(kernel: Kernel, device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.kernels import reference
-from qwen_scope.kernels.choice import Choice, Kernel, choose, screen_of
+from qwen_scope.kernels.choice import Choice, Kernel, choose, screen_of, screening_pays
 from qwen_scope.kernels.screen import BoundBroken
 
 
@@ -70,7 +70,7 @@ class Encoder:
         """
         for _ in range(2):
             screen = self._prepared(W_enc, b_enc, k)
-            if screen is None or not screen.can_serve(k):
+            if screen is None:
                 break
             try:
                 return screen.encode(x, k)
@@ -88,7 +88,7 @@ class Encoder:
 
     def _prepared(self, W_enc: Tensor, b_enc: Tensor, k: int) -> Any:
         with self._lock:
-            if 4 * k > len(b_enc):
+            if not screening_pays(k, len(b_enc)):
                 self._choice = self._choice or Choice("reference", "more than a quarter of the features is kept")
                 return None
             changed = self._prepared_for != self._state(W_enc, b_enc) or not self._same_numbers(W_enc, b_enc)

@@ -110,10 +110,6 @@ class Screen:
         """Bytes that this takes beside the SAE's own tensors."""
         return self.copied + self.b_enc.nbytes + self.lost.nbytes + self.length.nbytes
 
-    def can_serve(self, k: int) -> bool:
-        """Whether k is small enough for a screen to pay: where most features are kept, all must be computed anyway."""
-        return 4 * k <= len(self.b_enc)
-
     def sums_in_float32(self) -> bool:
         """Whether the product on this machine sums in float32, as the bound assumes; tried on sums that would show it."""
         d_model = self.operand.shape[1]

@@ -73,10 +73,6 @@ class TritonScreen:
         own = 0 if self.operand.data_ptr() == self.W_enc.data_ptr() else self.operand.nbytes
         return own + self.b_enc.nbytes + self.lost.nbytes + self.length.nbytes
 
-    def can_serve(self, k: int) -> bool:
-        """Whether k is small enough for a screen to pay: where most features are kept, all must be computed anyway."""
-        return 4 * k <= len(self.b_enc)
-
     def sums_in_float32(self) -> bool:
         """Whether the product sums in float32, as the bound assumes; tried on sums that would show it."""
         d_model, device = self.operand.shape[1], self.operand.device
