@@ -11,10 +11,11 @@ from torch import Tensor
 
 from qwen_scope import Backbone, QwenScopeError, Scope, SparseFeatures, Suite, TopKSAE
 from qwen_scope.evaluation import SAMPLE_TEXTS, Fidelity, FidelityMeter
+from qwen_scope.evaluation.density import DENSE, LOG10_EDGES, NAMED, Density
 from qwen_scope.evaluation.fidelity import fvu
 from qwen_scope.evaluation.mistakes import best_length, find_mistakes
 from qwen_scope.outliers import NORM_OUTLIER, norm_outliers
-from qwen_scope.training.trainer import TrainConfig, train_sae
+from qwen_scope.training import TrainConfig, train_sae
 
 D_SAE = 16
 
@@ -161,6 +162,47 @@ def test_features_counted_only_where_they_fire():
     assert found.always_fired == [0]
 
 
+def test_each_density_falls_into_its_half_decade():
+    # The first never fires, the last always; edges belong to the bin above, and what is rarer than 10^-6 to the first.
+    fired = torch.tensor([0, 1, 10, 31, 32, 100, 3_000_000, 10_000_000])
+    assert Density.of(fired, 10_000_000).histogram == [3, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+
+
+def test_edges_are_powers_of_ten():
+    for decade in range(6):
+        found = Density.of(torch.tensor([10**decade]), 1_000_000)
+        assert found.histogram.index(1) == 2 * decade
+        assert LOG10_EDGES[2 * decade] == decade - 6
+    assert Density.of(torch.tensor([7]), 7).histogram[-1] == 1
+
+
+def test_dense_features_are_counted_and_the_densest_named():
+    fired = torch.tensor([10, 11, 100, 0, 50, 20, 30, 50])
+    found = Density.of(fired, 100)
+    assert found.dense == 6, "a density of exactly 0.1 is not above it"
+    assert found.densest == {2: 1.0, 4: 0.5, 7: 0.5, 6: 0.3, 5: 0.2}
+    assert list(found.densest) == [2, 4, 7, 6, 5]
+    assert len(found.densest) == NAMED
+    assert Density.of(fired, 1000).densest == {}
+    assert DENSE == 0.1
+
+
+def test_densities_are_those_of_kept_tokens_of_all_batches():
+    indices = torch.tensor([[0, 1], [0, 2], [0, 1], [0, 3], [0, 1]])
+    values = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+    x = torch.randn(5, 3, generator=seeded(4)) + 3
+    first = torch.tensor([True, False, False, False, False])
+    meter = FidelityMeter(3, D_SAE)
+    for part in (slice(0, 2), slice(2, 5)):
+        meter.update(x[part], x[part], SparseFeatures(indices[part], values[part], D_SAE), first[part])
+    found = meter.result()
+    assert found.density.densest == {0: 1.0, 1: 0.5, 2: 0.25}
+    assert found.density.dense == 3
+    assert sum(found.density.histogram) + found.never_fired == D_SAE
+    assert found.density.histogram[-1] == 2  # 1.0 and 0.5
+    assert found.density.histogram[-2] == 1
+
+
 def test_nothing_measured_is_not_a_number():
     x = torch.randn(3, 4, generator=seeded(5))
     found = measure(x, x, first=torch.ones(3, dtype=torch.bool))
@@ -168,6 +210,7 @@ def test_nothing_measured_is_not_a_number():
     assert math.isnan(found.cosine)
     assert math.isnan(found.l0)
     assert found.always_fired == []
+    assert found.density == Density([0] * 12, 0, {})
     assert math.isnan(measure(x[:1], x[:1]).fvu), "one token has no variance"
 
 
@@ -280,9 +323,17 @@ def test_the_report(llama, tokenizer, make_sae):
     assert as_json["layers"][1]["loss_recovered"] == report.layers[1].loss_recovered
     assert as_json["layers"][0]["fidelity"]["fvu"] == report.layers[0].fidelity.fvu
     assert as_json["ok"] is False
+    fidelity = as_json["layers"][1]["fidelity"]
+    assert fidelity["explained_variance"] == 1 - fidelity["fvu"]
+    density = fidelity["density"]
+    assert sum(density["histogram"]) + fidelity["never_fired"] == as_json["layers"][1]["d_sae"] == 128
+    assert density["log10_edges"] == list(LOG10_EDGES)
+    assert density["densest"] == report.layers[1].densest
+    assert all(re.fullmatch(r"2/\d+", name) and share > DENSE for name, share in density["densest"].items())
     shown = repr(report)
     assert shown.startswith("mine on LlamaForCausalLM: 3 texts")
     assert shown.count("MISTAKE at layer") == 2
+    assert re.search(f"densest feature of its layer: 0/.*, {next(iter(density['densest']))} ", shown)
     assert not any(layer._forward_hooks for layer in scope.backbone.layers)
 
 
@@ -329,8 +380,8 @@ def residuals() -> dict[int, Tensor]:
 
 @pytest.fixture(scope="session")
 def trained(residuals) -> dict[int, TopKSAE]:
-    config = TrainConfig(d_sae=256, k=K, batch=500, epochs=6.0, learning_rate=1.5e-3, dead_after=20_000)
-    return {layer: train_sae(x[1000:], config) for layer, x in residuals.items()}
+    config = TrainConfig(d_sae=256, k=K, batch=500, learning_rate=1.5e-3, dead_after=20_000)
+    return {layer: train_sae(x[1000:], config, epochs=6.0) for layer, x in residuals.items()}
 
 
 def mistakes_at(layer: int, sae: TopKSAE, residuals: dict[int, Tensor]) -> list[str]:

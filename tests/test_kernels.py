@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from qwen_scope import QwenScopeError, kernels
 from qwen_scope.kernels import reference
+from qwen_scope.kernels.threads import share, thread_count, torch_alone, torch_together
 
 
 def draw(tokens: int, d_model: int, d_sae: int, seed: int, scale: float = 1.0):
@@ -243,3 +244,26 @@ def test_what_cannot_be_encoded(arguments, match, unchecked):
 def test_what_cannot_be_decoded(arguments, match, unchecked):
     with pytest.raises(QwenScopeError, match=match):
         kernels.decode(*arguments)
+
+
+def test_torch_works_alone_while_loops_are_shared_as_before():
+    torch.set_num_threads(3)
+    try:
+        parts: list[tuple[int, int]] = []
+        with torch_alone():
+            assert (torch.get_num_threads(), thread_count()) == (1, 3)
+            share(lambda start, stop: parts.append((start, stop)), 9)
+            with torch_together():
+                assert (torch.get_num_threads(), thread_count()) == (3, 3)
+            with torch_alone():
+                assert (torch.get_num_threads(), thread_count()) == (1, 3)
+            assert thread_count() == 3
+        assert sorted(parts) == [(0, 3), (3, 6), (6, 9)]
+        assert (torch.get_num_threads(), thread_count()) == (3, 3)
+        with torch_together():
+            assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), torch_alone():
+            _ = 1 / 0
+        assert (torch.get_num_threads(), thread_count()) == (3, 3)
+    finally:
+        torch.set_num_threads(1)

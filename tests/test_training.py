@@ -1,21 +1,23 @@
-"""The trainer: gradients against dense autograd, what is folded into the SAE, dead features, seeds, and the harvest."""
+"""The trainer: gradients against dense autograd, what is folded into the SAE, dead features, seeds, and states."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from qwen_scope import Backbone, QwenScopeError
+from qwen_scope import QwenScopeError
 from qwen_scope.evaluation.fidelity import fvu
 from qwen_scope.files import read_safetensors, write_safetensors
-from qwen_scope.kernels import Encoder, adam, pairs
-from qwen_scope.outliers import norm_outliers
-from qwen_scope.training.activations import harvest_residuals, load_residuals, shards
+from qwen_scope.kernels import Encoder, Kernel, adam, pairs
 from qwen_scope.training.autoencode import autoencode
-from qwen_scope.training.trainer import Normalisation, SAETrainer, TrainConfig, geometric_median, train_sae
+from qwen_scope.training.config import TrainConfig
+from qwen_scope.training.in_memory import train_sae
+from qwen_scope.training.normalise import Normalisation, geometric_median
+from qwen_scope.training.trainer import SAETrainer
 
-CONFIG = TrainConfig(d_sae=48, k=4, batch=100, epochs=3.0, learning_rate=1e-3, dead_after=100_000)
+CONFIG = TrainConfig(d_sae=48, k=4, batch=100, learning_rate=1e-3, dead_after=100_000)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -122,7 +124,7 @@ def test_the_sae_folds_the_normalisation_in(x):
 
 def test_training_explains_more_and_more(x):
     before = SAETrainer(CONFIG, x, steps=1).sae()
-    after = train_sae(x, CONFIG)
+    after = train_sae(x, CONFIG, epochs=3.0)
     assert fvu(x, after(x)) < 0.5 * fvu(x, before(x))
     assert fvu(x, after(x)) < 0.4
     assert not any(p.requires_grad for p in after.parameters())
@@ -130,15 +132,15 @@ def test_training_explains_more_and_more(x):
 
 def test_decoder_rows_keep_norm_1_and_their_gradients_no_radial_part(x):
     trainer = SAETrainer(CONFIG, x, steps=20)
-    before = trainer.decoder.clone()
+    before = trainer.weights.decoder.clone()
     trainer.step(x[:100])
     # After one step, Adam's mean is a multiple of the gradient.
-    mean = trainer.adam_decoder.mean
+    mean = trainer.optimisers[2].mean
     assert mean.abs().max() > 0
     assert (mean * before).sum(1).abs().max() < 1e-6 * mean.norm(dim=1).max()
     for start in range(100, 500, 100):
         trainer.step(x[start : start + 100])
-        torch.testing.assert_close(trainer.decoder.norm(dim=1), torch.ones(48))
+        torch.testing.assert_close(trainer.weights.decoder.norm(dim=1), torch.ones(48))
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -168,11 +170,11 @@ def dense_loss(trainer: SAETrainer, parameters: list[Tensor], x: Tensor, last_fi
 @pytest.mark.parametrize("kernel", ["reference", "cpu-bfloat16", "cpu-float32"])
 @pytest.mark.parametrize("scale", [1.0, 20.0], ids=["gradients as they are", "gradients that are clipped"])
 def test_steps_equal_dense_autograd_and_adam(x, scale, kernel):
-    config = TrainConfig(**{**CONFIG.__dict__, "dead_after": 150, "aux_coefficient": 0.5})
+    config = replace(CONFIG, dead_after=150, aux_coefficient=0.5)
     trainer = SAETrainer(config, x, steps=40)
     trainer.encoder = Encoder(kernel)
-    trainer.W_enc[:6] *= 0.01  # so weak that they die
-    trainer.W_enc[6:] *= scale
+    trainer.weights.W_enc[:6] *= 0.01  # so weak that they die
+    trainer.weights.W_enc[6:] *= scale
     parameters = [p.clone().requires_grad_() for p in trainer.parameters]
     decoder = parameters[2]
     optimizer = torch.optim.Adam(parameters)
@@ -201,8 +203,8 @@ def test_steps_equal_dense_autograd_and_adam(x, scale, kernel):
 
 def test_without_numba_the_steps_are_the_same(x, monkeypatch):
     def trained() -> list[Tensor]:
-        trainer = SAETrainer(TrainConfig(**{**CONFIG.__dict__, "dead_after": 150}), x, steps=20)
-        trainer.W_enc[:6] *= 0.01
+        trainer = SAETrainer(replace(CONFIG, dead_after=150), x, steps=20)
+        trainer.weights.W_enc[:6] *= 0.01
         for start in range(0, 500, 100):
             trainer.step(x[start : start + 100])
         return trainer.parameters
@@ -215,9 +217,9 @@ def test_without_numba_the_steps_are_the_same(x, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_sae(x):
-    one, same = train_sae(x, CONFIG), train_sae(x, CONFIG)
+    one, same = train_sae(x, CONFIG, epochs=3.0), train_sae(x, CONFIG, epochs=3.0)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
-    other = train_sae(x, TrainConfig(**{**CONFIG.__dict__, "seed": 1}))
+    other = train_sae(x, replace(CONFIG, seed=1), epochs=3.0)
     assert not torch.equal(one.W_enc, other.W_enc)
 
 
@@ -233,23 +235,23 @@ def test_the_learning_rate_rises_and_falls(x):
 
 @pytest.mark.parametrize("aux_coefficient", [1 / 32, 0.0])
 def test_dead_features_get_a_gradient_from_auxk_alone(x, aux_coefficient):
-    config = TrainConfig(**{**CONFIG.__dict__, "dead_after": 150, "aux_coefficient": aux_coefficient})
+    config = replace(CONFIG, dead_after=150, aux_coefficient=aux_coefficient)
     trainer = SAETrainer(config, x, steps=200)
-    trainer.W_enc[:10] *= 0.01  # so weak that others are always among the k largest
-    start = trainer.W_enc.clone()
+    trainer.weights.W_enc[:10] *= 0.01  # so weak that others are always among the k largest
+    start = trainer.weights.W_enc.clone()
     moved = []
     for step in range(4):
         trainer.step(x[100 * step : 100 * step + 100])
-        moved.append(int((trainer.W_enc - start)[:10].any(dim=1).sum()))
+        moved.append(int((trainer.weights.W_enc - start)[:10].any(dim=1).sum()))
     # Dead after 150 tokens, that is in the second step.
     assert moved[0] == 0
     assert moved[3] >= 8 if aux_coefficient else moved[3] == 0
 
 
 def test_features_are_dead_after_so_many_tokens_without_firing(x):
-    config = TrainConfig(**{**CONFIG.__dict__, "dead_after": 250})
+    config = replace(CONFIG, dead_after=250)
     trainer = SAETrainer(config, x, steps=10)
-    trainer.b_enc[7] = -1000.0
+    trainer.weights.b_enc[7] = -1000.0
     dead = []
     for step in range(4):
         trainer.step(x[100 * step : 100 * step + 100])
@@ -260,11 +262,11 @@ def test_features_are_dead_after_so_many_tokens_without_firing(x):
 def test_a_loss_that_is_not_finite_stops_before_the_step(x):
     trainer = SAETrainer(CONFIG, x, steps=20)
     trainer.step(x[:100])
-    trainer.b_dec[3] = float("inf")
-    before = trainer.W_enc.clone()
+    trainer.weights.b_dec[3] = float("inf")
+    before = trainer.weights.W_enc.clone()
     with pytest.raises(QwenScopeError, match="expected a finite loss, found inf at step 1; lower the learning rate"):
         trainer.step(x[:100])
-    assert torch.equal(trainer.W_enc, before)
+    assert torch.equal(trainer.weights.W_enc, before)
 
 
 def test_residuals_that_are_not_finite(x):
@@ -282,123 +284,137 @@ def test_too_few_tokens(x):
         train_sae(x[:99], CONFIG)
 
 
-@pytest.mark.parametrize("wrong", [{"k": 0}, {"k": 49}])
-def test_configs_that_cannot_be(wrong):
-    with pytest.raises(QwenScopeError, match="expected"):
-        TrainConfig(**{**CONFIG.__dict__, **wrong})
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"k": 0}, "expected k from 1 to d_sae = 48, found 0"),
+        ({"k": 49}, "expected k from 1 to d_sae = 48, found 49"),
+        ({"batch": 0}, "expected batch above 0, found 0"),
+        ({"learning_rate": float("nan")}, "expected learning_rate above 0, found nan"),
+        ({"dead_after": 0}, "expected dead_after above 0"),
+        ({"clip_norm": -1.0}, "expected clip_norm of at least 0, found -1.0; choose 0 to leave it out"),
+        ({"aux_coefficient": -0.1}, "expected aux_coefficient of at least 0"),
+        ({"warmup": 5.0}, "expected warmup from 0 to 1, found 5.0; it is a share of the steps"),
+        ({"decay": -0.1}, "expected decay from 0 to 1"),
+    ],
+)
+def test_configs_that_cannot_be(wrong, said):
+    with pytest.raises(QwenScopeError, match=said):
+        replace(CONFIG, **wrong)
+
+
+def test_residuals_that_do_not_vary():
+    with pytest.raises(QwenScopeError, match="expected residuals that vary, found 200 equal ones; train on more text"):
+        train_sae(torch.ones(200, 8), CONFIG)
+
+
+def test_no_epochs(x):
+    with pytest.raises(QwenScopeError, match="expected epochs above 0, found 0"):
+        train_sae(x, CONFIG, epochs=0.0)
+
+
+def with_dead_features(x: Tensor, config: TrainConfig = CONFIG, kernel: Kernel | None = None) -> SAETrainer:
+    trainer = SAETrainer(replace(config, dead_after=150), x, steps=12)
+    trainer.weights.W_enc[:6] *= 0.01  # so weak that they die
+    if kernel:
+        trainer.encoder = Encoder(kernel)
+    return trainer
+
+
+def run(trainer: SAETrainer, x: Tensor, numbers: range) -> None:
+    for number in numbers:
+        start = 100 * (number % 10)
+        trainer.step(x[start : start + 100])
+
+
+@pytest.mark.parametrize("kernel", ["reference", "cpu-bfloat16"])
+def test_a_restored_trainer_goes_on_bit_for_bit(x, tmp_path, kernel):
+    whole, first = with_dead_features(x, kernel=kernel), with_dead_features(x, kernel=kernel)
+    run(whole, x, range(10))
+    run(first, x, range(5))
+    assert len(first.dead) >= 3
+    write_safetensors(tmp_path / "state.safetensors", first.state(), {})
+    at_5 = [p.clone() for p in first.parameters]
+    state, _ = read_safetensors(tmp_path / "state.safetensors")
+    again = SAETrainer.restored(first.config, state, steps=12)
+    run(again, x, range(5, 10))
+    assert again.encoder.kernel == kernel
+    assert (again.steps_done, again.tokens_seen) == (10, 1000)
+    found, expected = again.state(), whole.state()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(again.dead, whole.dead)
+    assert all(torch.equal(a, b) for a, b in zip(again.sae().parameters(), whole.sae().parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters, at_5, strict=True)), "the state was not copied"
+
+
+def test_states_that_do_not_fit(x):
+    state = SAETrainer(CONFIG, x, steps=2).state()
+    with pytest.raises(QwenScopeError, match=r"found one without decoder\.square; pass what"):
+        SAETrainer.restored(CONFIG, {name: t for name, t in state.items() if name != "decoder.square"}, steps=2)
+    with pytest.raises(QwenScopeError, match="expected weights of 47 features, found 48; set d_sae to 48"):
+        SAETrainer.restored(replace(CONFIG, d_sae=47), state, steps=2)
+
+
+# Each piece of the recipe alone
+
+
+def test_without_tied_weights_encoder_and_decoder_are_independent(x):
+    tied = SAETrainer(CONFIG, x, steps=2).weights
+    factors = tied.W_enc / tied.decoder
+    torch.testing.assert_close(factors, factors.mean().expand_as(factors), rtol=1e-4, atol=1e-4)
+    free = SAETrainer(replace(CONFIG, tied_init=False), x, steps=2).weights
+    assert (free.W_enc * free.decoder).sum(1).mean().abs() < 0.15
+    for rows in (free.W_enc, free.decoder, tied.decoder):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(48))
+
+
+@pytest.mark.parametrize("centre", ["median", "mean", "none"])
+def test_b_dec_starts_at_the_centre(x, centre):
+    expected = {"median": geometric_median(x), "mean": x.mean(0), "none": torch.zeros(16)}[centre]
+    trainer = SAETrainer(replace(CONFIG, centre=centre), x, steps=2)
+    torch.testing.assert_close(trainer.sae().b_dec.data, expected)
+    assert float(trainer.normalise(x).pow(2).mean()) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_parallel_gradient_can_be_left_in(x, monkeypatch, compiled):
+    if not compiled:
+        for module in (pairs, adam):
+            monkeypatch.setattr(module, "compiled_loops", lambda *given: None)
+    trainer = SAETrainer(replace(CONFIG, remove_parallel_gradient=False, clip_norm=0.0), x, steps=20)
+    weights = [p.clone().requires_grad_() for p in trainer.parameters]
+    dense_loss(trainer, weights, trainer.normalise(x[:100]), torch.zeros(48), 100).backward()
+    trainer.step(x[:100])
+    expected = 0.1 * weights[2].grad
+    torch.testing.assert_close(trainer.optimisers[2].mean, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert (expected * weights[2]).sum(1).abs().max() > 1e-3 * expected.norm(dim=1).max()
+    torch.testing.assert_close(trainer.weights.decoder.norm(dim=1), torch.ones(48))
+
+
+def test_decoder_rows_can_be_left_at_any_norm(x):
+    trainer = SAETrainer(replace(CONFIG, unit_norm=False), x, steps=20)
+    run(trainer, x, range(5))
+    assert (trainer.weights.decoder.norm(dim=1) - 1).abs().max() > 1e-3
+
+
+def test_clipping_bounds_the_norm_of_all_gradients_together(x):
+    def moments(clip_norm: float) -> Tensor:
+        trainer = SAETrainer(replace(CONFIG, clip_norm=clip_norm), x, steps=20)
+        trainer.step(x[:100])
+        return torch.cat([adam.mean.flatten() for adam in trainer.optimisers]) / 0.1
+
+    whole = moments(0.0)
+    assert whole.norm() > 0.02
+    torch.testing.assert_close(moments(100.0), whole)
+    torch.testing.assert_close(moments(0.01), whole * 0.01 / whole.norm(), rtol=1e-3, atol=1e-9)
 
 
 def test_epochs_may_be_fractions(x):
-    assert train_sae(x, TrainConfig(**{**CONFIG.__dict__, "epochs": 0.25})).d_sae == 48
+    assert train_sae(x, CONFIG, epochs=0.25).d_sae == 48
 
 
 def test_bfloat16_residuals_train_too(x):
-    sae = train_sae(x.bfloat16(), CONFIG)
+    sae = train_sae(x.bfloat16(), CONFIG, epochs=3.0)
     assert sae.W_enc.dtype == torch.float32
     assert fvu(x, sae(x)) < 0.5
-
-
-# Harvest
-
-
-TEXTS = [
-    "the capital of France is Paris, and the capital of Italy is Rome",
-    "Paris",  # a text of fewer than 16 tokens is not worth a row
-    "Rome is the capital of Italy: what is the capital of Spain? " * 9,
-]
-
-
-@pytest.fixture
-def backbone(llama, tokenizer) -> Backbone:
-    return Backbone(llama, tokenizer)
-
-
-def pieces(tokenizer, context: int) -> list[list[int]]:
-    found = []
-    for text in TEXTS:
-        ids = tokenizer(text)["input_ids"]
-        found += [ids[at : at + context] for at in range(0, len(ids), context) if len(ids) - at >= 16]
-    return found
-
-
-def by_hand(backbone: Backbone, context: int, layer: int) -> Tensor:
-    """The residuals of every piece but its first token, one piece at a time, the shortest pieces first."""
-    parts = [
-        backbone.residuals(torch.tensor([piece]), layers=[layer])[layer][0, 1:]
-        for piece in sorted(pieces(backbone.tokenizer, context), key=len)
-    ]
-    return torch.cat(parts).bfloat16()
-
-
-def test_the_harvest_holds_every_token_but_position_0(backbone, tmp_path):
-    harvest_residuals(backbone, TEXTS, [0, 2], tmp_path, tokens=1000, context=32, batch=2, shard_tokens=1000)
-    [shard] = shards(tmp_path)
-    for layer in (0, 2):
-        expected = by_hand(backbone, 32, layer)
-        found = load_residuals([shard], layer)
-        assert found.dtype == torch.bfloat16
-        kept = expected[~norm_outliers(expected)]
-        assert found.shape == kept.shape
-        torch.testing.assert_close(found.float(), kept.float(), rtol=0.02, atol=0.02)
-
-
-def test_a_harvest_goes_on_where_it_was_killed(backbone, tmp_path, monkeypatch):
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    options = {"tokens": 1000, "context": 20, "batch": 2, "shard_tokens": 40}
-    harvest_residuals(backbone, TEXTS, [1], whole, **options)
-    count = len(shards(whole))
-    assert count > 2
-
-    read = Backbone.residuals
-    calls = 0
-
-    def killed(self, *args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls > 3:
-            raise KeyboardInterrupt
-        return read(self, *args, **kwargs)
-
-    monkeypatch.setattr(Backbone, "residuals", killed)
-    with pytest.raises(KeyboardInterrupt):
-        harvest_residuals(backbone, TEXTS, [1], again, **options)
-    done = shards(again)
-    assert 0 < len(done) < count
-    assert {path.name for path in again.iterdir()} == {path.name for path in done}, "half a shard is left"
-    made = {path: path.stat().st_mtime_ns for path in done}
-    monkeypatch.undo()
-    harvest_residuals(backbone, TEXTS, [1], again, **options)
-    assert len(shards(again)) == count
-    assert all(path.stat().st_mtime_ns == when for path, when in made.items()), "a shard was made twice"
-    assert torch.equal(load_residuals(shards(again), 1), load_residuals(shards(whole), 1))
-
-
-def test_several_processes_share_a_harvest(backbone, tmp_path):
-    options = {"tokens": 1000, "context": 20, "batch": 2, "shard_tokens": 40}
-    harvest_residuals(backbone, TEXTS, [1], tmp_path / "one", **options)
-    for part in (0, 1):
-        harvest_residuals(backbone, TEXTS, [1], tmp_path / "two", **options, part=(part, 2))
-    one, two = shards(tmp_path / "one"), shards(tmp_path / "two")
-    assert [path.name for path in one] == [path.name for path in two]
-    assert torch.equal(load_residuals(one, 1), load_residuals(two, 1))
-
-
-def test_a_harvest_stops_at_the_tokens_asked_for(backbone, tmp_path):
-    harvest_residuals(backbone, TEXTS, [1], tmp_path, tokens=60, context=20, batch=2, shard_tokens=30)
-    assert len(shards(tmp_path)) == 2
-
-
-def test_no_shards(tmp_path):
-    with pytest.raises(QwenScopeError, match="found none; harvest them first"):
-        shards(tmp_path)
-
-
-def test_norm_outliers_are_not_trained_on(backbone, tmp_path):
-    harvest_residuals(backbone, TEXTS, [1], tmp_path, tokens=1000, context=32, batch=2, shard_tokens=1000)
-    [shard] = shards(tmp_path)
-    tensors, metadata = read_safetensors(shard)
-    x = tensors["layer1"].clone()
-    count = len(load_residuals([shard], 1))
-    x[3] *= 1000
-    write_safetensors(shard, {"layer1": x}, metadata)
-    assert len(load_residuals([shard], 1)) == count - 1

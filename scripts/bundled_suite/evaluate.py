@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from harvest import mixed_documents, rendered
+from mix import mixed_documents, rendered
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.files import replacing

@@ -1,47 +1,42 @@
-"""Third step of the bundled suite: train one layer's SAE on harvested residuals and add it to a suite's folder.
+"""Third step of the bundled suite: train its layers on the mixed corpus and write them as bf16, which is what is shipped.
 
-    python scripts/bundled_suite/train.py RESIDUALS_DIR SUITE_DIR --layer 15 --d-sae 9216 [--epochs 2] [--threads N]
+    python scripts/bundled_suite/train.py CORPUS_DIR SUITE_DIR
 
-Prints the variance explained on held-out residuals. Written as bf16, which is what is shipped.
+The layers differ in width, so each width is a run of its own; the residuals of all are read once and kept in
+CORPUS_DIR/residuals (17 GB). What was begun is gone on with.
 """
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from qwen_scope.bundled import GGUF_SHA256, MODEL_NAME
-from qwen_scope.evaluation.fidelity import fvu
 from qwen_scope.suite import Suite
-from qwen_scope.training.activations import load_residuals, shards
-from qwen_scope.training.trainer import TrainConfig, train_sae
+from qwen_scope.training import RunConfig, TrainConfig, train
 
 NAME = "SAE-Res-SmolLM2-135M-Instruct-L0_50"
+RUNS = {(7, 23): 4608, (15,): 9216}
+"""Layers and their number of features."""
 
 
 def main() -> None:
-    """Trains, measures, writes."""
+    """Trains and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("residuals", type=Path)
+    parser.add_argument("corpus", type=Path)
     parser.add_argument("suite", type=Path)
-    parser.add_argument("--layer", type=int, required=True)
-    parser.add_argument("--d-sae", type=int, required=True)
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    x = load_residuals(shards(args.residuals / "train"), args.layer)
-    config = TrainConfig(d_sae=args.d_sae, epochs=args.epochs)
-    sae = train_sae(x, config)
-    heldout = load_residuals(shards(args.residuals / "heldout"), args.layer).float()
-    explained = 1 - fvu(heldout, torch.cat([sae(part) for part in heldout.split(4096)]))
-    print(f"layer {args.layer}: {explained:.4f} of the held-out variance explained, {len(x)} training tokens")
-    provenance = {
-        "model_file_sha256": GGUF_SHA256,
-        f"layer{args.layer}": {"training_tokens": len(x), **asdict(config)},
-    }
-    Suite.of({args.layer: sae}, NAME, MODEL_NAME, provenance).save_pretrained(args.suite, dtype=torch.bfloat16)
+    for layers, d_sae in RUNS.items():
+        config = RunConfig(
+            TrainConfig(d_sae),
+            layers,
+            tokens=5_000_000,
+            passes=2,
+            held_out=65_536,
+            name=NAME,
+            cache=args.corpus / "residuals",
+        )
+        train(args.corpus / "mixed.jsonl", args.corpus / "float32", config)
+    Suite.from_pretrained(args.corpus / "float32").save_pretrained(args.suite, dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ class Backbone:
         """
         wanted = sorted(set(layers))
         for layer in wanted:
-            self._check(layer)
+            self.check_layer(layer)
         if not wanted:
             return {}
         captured: dict[int, Tensor] = {}
@@ -203,13 +203,14 @@ class Backbone:
             return hook
 
         for layer in edits:
-            self._check(layer)
+            self.check_layer(layer)
         with self._one_at_a_time, ExitStack() as hooks:
             for layer, edit in edits.items():
                 hooks.callback(self.layers[layer].register_forward_hook(replacing(edit)).remove)
             yield
 
-    def _check(self, layer: int) -> None:
+    def check_layer(self, layer: int) -> None:
+        """Raises a QwenScopeError unless the model has this layer."""
         if not 0 <= layer < len(self.layers):
             raise QwenScopeError(
                 f"expected a layer from 0 to {len(self.layers) - 1} of {self.name}, found {layer}; layers are counted "

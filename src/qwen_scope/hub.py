@@ -53,8 +53,8 @@ def download(repo_id: str, filename: str, revision: str | None = None, cache_dir
         return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir))
 
 
-def upload(folder: Path, repo_id: str, private: bool | None, commit_message: str) -> None:
-    """Uploads a folder in one commit to a model repository, which is made if it is not there.
+def upload(folder: Path, repo_id: str, private: bool | None, commit_message: str, leave_out: str | None = None) -> None:
+    """Uploads a folder, but for files that match `leave_out`, in one commit to a model repository; makes it if need be.
 
     Raises:
         QwenScopeError: see `download`.
@@ -63,7 +63,9 @@ def upload(folder: Path, repo_id: str, private: bool | None, commit_message: str
 
     with _hub_errors(repo_id, "the upload"):
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message, ignore_patterns=leave_out
+        )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Which residuals are left out of statistics and training for their extreme norm."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -11,5 +12,6 @@ seen in the bundled model are 8 to 130 times the median, everything else stays b
 
 def norm_outliers(x: Float[Tensor, "tokens d_model"]) -> Bool[Tensor, " tokens"]:
     """Which residuals have a norm above `NORM_OUTLIER` times the median norm of all given."""
-    norms = x.float().norm(dim=1)
+    # Not x.float().norm(), which would hold all residuals once more.
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
     return norms > NORM_OUTLIER * norms.median()

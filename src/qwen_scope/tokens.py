@@ -76,7 +76,7 @@ def _tokenize_one(item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinki
     if isinstance(item, str):
         text, from_template = item, False
     elif isinstance(item, list | tuple) and item and all(_is(part, Mapping) for part in item):
-        text, from_template = _apply_template(item, tokenizer, thinking), True
+        text, from_template = apply_template(item, tokenizer, thinking), True
     else:
         raise QwenScopeError(
             f"expected text, token ids or chat messages, found {_describe(item)}; pass one kind at a time"
@@ -102,7 +102,14 @@ def _tokenize_one(item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinki
     return TokenizedText(text, ids, _decode_each(ids, tokenizer), spans)
 
 
-def _apply_template(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", thinking: bool | None) -> str:
+def apply_template(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", thinking: bool | None = None
+) -> str:
+    """Chat messages as the text that the tokenizer's template makes of them; `thinking` as in `tokenize`.
+
+    Raises:
+        QwenScopeError: no template, or messages that it does not take.
+    """
     if not tokenizer.chat_template:
         raise QwenScopeError(
             "expected a tokenizer with a chat template for chat messages, found one without; pass plain text instead"

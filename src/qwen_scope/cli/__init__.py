@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except QwenScopeError as error:
         sys.stderr.write(f"qwen-scope: {error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("qwen-scope: interrupted\n")
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"qwen-scope: {str(interrupt) or 'interrupted'}\n")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output, such as `head`, has gone; Python would complain again while closing stdout.

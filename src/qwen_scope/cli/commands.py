@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.training.run_config import RunConfig
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
@@ -200,6 +201,29 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Train:
+    """Trains SAEs of some layers of a language model on a corpus; goes on where it was stopped."""
+
+    corpus: tyro.conf.Positional[str]
+    """What to read: a text, JSONL, CSV or Parquet file, a folder of files, or a Hugging Face dataset."""
+    folder: tyro.conf.Positional[Path]
+    """Where the suite and its report go; its progress too."""
+    config: tyro.conf.OmitArgPrefixes[RunConfig]
+
+    def run(self) -> None:
+        """Trains and tells where to look."""
+        quiet_loading()
+        from qwen_scope.training.run import train
+
+        suite = train(self.corpus, self.folder, self.config)
+        layer = suite.layers[0]
+        print(
+            f"{suite}\nreport: {self.folder / 'README.md'}\ntry it: qwen-scope check --suite {self.folder}\n"
+            f'        qwen-scope features "any text of yours" --suite {self.folder} --layer {layer}'
+        )
+
+
+@dataclass(frozen=True)
 class Demo:
     """Features of a few real sentences on the bundled model and SAEs, and what to try next."""
 
@@ -216,6 +240,7 @@ Command = (
     | Annotated[Check, tyro.conf.subcommand("check")]
     | Annotated[Suites, tyro.conf.subcommand("suites")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
 )
 """All commands."""
 

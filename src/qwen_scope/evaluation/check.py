@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.evaluation.density import DENSE, LOG10_EDGES
 from qwen_scope.evaluation.fidelity import Fidelity, FidelityMeter
 from qwen_scope.evaluation.mistakes import find_mistakes
 from qwen_scope.outliers import norm_outliers
@@ -30,6 +31,8 @@ class LayerCheck:
 
     layer: int
     """Which decoder layer, from 0."""
+    d_sae: int
+    """Number of features."""
     k: int
     """Features kept per token."""
     activation: str
@@ -56,6 +59,17 @@ class LayerCheck:
         lost = self.loss_zeroed - self.loss
         return (self.loss_zeroed - self.loss_spliced) / lost if lost else float("nan")
 
+    @property
+    def densest(self) -> dict[str, float]:
+        """Name and density of the densest features, of those that are dense (see `Density.densest`)."""
+        return {f"{self.layer}/{feature}": share for feature, share in self.fidelity.density.densest.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain values for JSON."""
+        density = {"log10_edges": list(LOG10_EDGES), **asdict(self.fidelity.density), "densest": self.densest}
+        fidelity = {**asdict(self.fidelity), "explained_variance": self.fidelity.explained_variance, "density": density}
+        return {**asdict(self), "fidelity": fidelity, "loss_recovered": self.loss_recovered}
+
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -79,8 +93,7 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain values for JSON."""
-        layers = [{**asdict(layer), "loss_recovered": layer.loss_recovered} for layer in self.layers]
-        return {**asdict(self), "ok": self.ok, "layers": layers}
+        return {**asdict(self), "ok": self.ok, "layers": [layer.to_dict() for layer in self.layers]}
 
     def __repr__(self) -> str:
         tokens = self.layers[0].fidelity.tokens
@@ -88,7 +101,7 @@ class CheckReport:
             f"{self.suite} on {self.model}: {self.texts} texts, {tokens} tokens; position 0 and norm outliers left out "
             "where not said otherwise; another sample of text gives other figures",
             f"{'layer':>5} {'k':>4} {'L0':>6} {'FVU':>7} {'FVU+out':>7} {'FVU all':>7} {'cosine':>6} {'loss':>6} {'spliced':>7} "
-            f"{'zeroed':>6} {'recovered':>9} {'short':>5} {'outliers':>8} {'never':>6} {'always':>6}",
+            f"{'zeroed':>6} {'recovered':>9} {'short':>5} {'outliers':>8} {'never':>6} {'dense':>5} {'always':>6}",
         ]
         for row in self.layers:
             f = row.fidelity
@@ -96,12 +109,16 @@ class CheckReport:
                 f"{row.layer:>5} {row.k:>4} {f.l0:>6.1f} {f.fvu:>7.4f} {f.fvu_without_first:>7.4f} {f.fvu_all:>7.4f} "
                 f"{f.cosine:>6.3f} {row.loss:>6.3f} {row.loss_spliced:>7.3f} {row.loss_zeroed:>6.2f} "
                 f"{row.loss_recovered:>9.1%} {f.short_rows:>5} {f.norm_outliers:>8} {f.never_fired:>6} "
-                f"{len(f.always_fired):>6}"
+                f"{f.density.dense:>5} {len(f.always_fired):>6}"
             )
         lines.append(
             "FVU: fraction of variance unexplained, 1 - variance explained (+out: with norm outliers, all: with position 0 "
-            "too); loss in nats a token; short: rows with fewer than k positive pre-activations, where topk and topk_relu differ"
+            "too); loss in nats a token; short: rows with fewer than k positive pre-activations, where topk and topk_relu "
+            f"differ; dense: features that fire at more than {DENSE:.0%} of the tokens"
         )
+        densest = [next(iter(row.densest.items())) for row in self.layers if row.densest]
+        if densest:
+            lines.append("densest feature of its layer: " + ", ".join(f"{name} {share:.0%}" for name, share in densest))
         kernels: dict[str, list[int]] = {}
         for row in self.layers:
             kernels.setdefault(row.kernel, []).append(row.layer)
@@ -161,6 +178,7 @@ def check(backbone: Backbone, suite: Suite, texts: Sequence[TokenizedText], laye
         checked.append(
             LayerCheck(
                 layer=layer,
+                d_sae=sae.d_sae,
                 k=sae.k,
                 activation=sae.activation,
                 fidelity=meters[layer].result(),

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qwen_scope.evaluation.density import Density
 from qwen_scope.features import SparseFeatures
 from qwen_scope.outliers import norm_outliers
 
@@ -42,6 +43,8 @@ class Fidelity:
     """Features that fire (value > 0) at no kept token."""
     always_fired: list[int]
     """Features that fire at every kept token."""
+    density: Density
+    """At which share of the kept tokens features fire."""
 
     @property
     def explained_variance(self) -> float:
@@ -104,6 +107,7 @@ class FidelityMeter:
             short_rows=self._short,
             never_fired=int((self._fired == 0).sum()),
             always_fired=(self._fired == kept).nonzero().flatten().tolist() if kept else [],
+            density=Density.of(self._fired, kept),
         )
 
 

@@ -32,6 +32,11 @@ class RowGradient:
         if self.extra is not None and not (self.extra[0].diff() > 0).all():
             raise QwenScopeError("expected extra features in ascending order, each once, found others; sort them")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_sae, d_model), of the matrix."""
+        return self.pairs.d_sae, self.rows.shape[1]
+
     def dense(self) -> Float[Tensor, "d_sae d_model"]:
         """The gradient as a matrix."""
         gradient = sum_over_pairs(self.pairs, self.weights, self.rows)
@@ -53,6 +58,7 @@ class AdamRows:
         parameter: changed in place.
         unit_norm: keeps rows at norm 1: the gradient along a row is left out, and its norm is set back after a step.
             A gradient along the row would only change the norm; left in, it would spoil Adam's moments.
+        keep_parallel: leaves it in all the same.
 
     Raises:
         QwenScopeError: a parameter that is not contiguous float32.
@@ -64,6 +70,7 @@ class AdamRows:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         unit_norm: bool = False,
+        keep_parallel: bool = False,
     ):
         if parameter.dtype != torch.float32 or not parameter.is_contiguous():
             found = f"{parameter.dtype}".removeprefix("torch.") + (
@@ -74,6 +81,7 @@ class AdamRows:
         self.betas = betas
         self.eps = eps
         self.unit_norm = unit_norm
+        self.tangent = unit_norm and not keep_parallel
         self.steps = 0
         self.mean = torch.zeros_like(parameter, requires_grad=False)
         self.square = torch.zeros_like(parameter, requires_grad=False)
@@ -89,22 +97,24 @@ class AdamRows:
         self.square.copy_(state["square"])
 
     @torch.no_grad()
-    def squared_norm(self, gradient: RowGradient) -> float:
+    def squared_norm(self, gradient: RowGradient | Float[Tensor, "d_sae d_model"]) -> float:
         """The squared norm of the gradient, less its part along rows of norm 1.
 
         Raises:
             QwenScopeError: the gradient of a matrix of another shape.
         """
         loops = self._loops(gradient)
-        if loops is None:
+        if loops is None or isinstance(gradient, Tensor):
             return float(self._dense(gradient).double().pow(2).sum())
         out = np.empty(gradient.pairs.d_sae)
-        of_rows = (*gradient.arrays(), self.unit_norm, self.parameter.detach().numpy())
+        of_rows = (*gradient.arrays(), self.tangent, self.parameter.detach().numpy())
         share_features(gradient.pairs, partial(loops.squared_norms, *of_rows, out))
         return float(out.sum())
 
     @torch.no_grad()
-    def step(self, gradient: RowGradient, learning_rate: float, factor: float = 1.0) -> None:
+    def step(
+        self, gradient: RowGradient | Float[Tensor, "d_sae d_model"], learning_rate: float, factor: float = 1.0
+    ) -> None:
         """One step against the gradient times `factor`.
 
         Raises:
@@ -114,13 +124,14 @@ class AdamRows:
         self.steps += 1
         rate = learning_rate / (1 - self.betas[0] ** self.steps)
         root = (1 - self.betas[1] ** self.steps) ** 0.5
-        if loops is None:
+        if loops is None or isinstance(gradient, Tensor):
             self._step_in_torch(self._dense(gradient) * factor, rate, root)
             return
         numbers = (factor, *self.betas, *(1 - beta for beta in self.betas), rate, 1 / root, self.eps)
         adam = partial(
             loops.adam,
             *gradient.arrays(),
+            self.tangent,
             self.unit_norm,
             self.parameter.detach().numpy(),
             self.mean.numpy(),
@@ -131,16 +142,18 @@ class AdamRows:
         torch.autograd.graph.increment_version(self.parameter)
         share_features(gradient.pairs, adam)
 
-    def _loops(self, gradient: RowGradient) -> Any:
-        expected, found = tuple(self.parameter.shape), (gradient.pairs.d_sae, gradient.rows.shape[1])
+    def _loops(self, gradient: RowGradient | Tensor) -> Any:
+        expected, found = tuple(self.parameter.shape), tuple(gradient.shape)
         if expected != found:
             raise QwenScopeError(f"expected a gradient of shape {expected}, found {found}; pass this parameter's own")
+        if isinstance(gradient, Tensor):
+            return None
         return compiled_loops(self.parameter.device, gradient.weights, gradient.rows)
 
-    def _dense(self, gradient: RowGradient) -> Tensor:
-        found = gradient.dense()
-        if self.unit_norm:
-            found -= (found * self.parameter).sum(1, keepdim=True) * self.parameter
+    def _dense(self, gradient: RowGradient | Tensor) -> Tensor:
+        found = gradient if isinstance(gradient, Tensor) else gradient.dense()
+        if self.tangent:
+            return found - (found * self.parameter).sum(1, keepdim=True) * self.parameter
         return found
 
     def _step_in_torch(self, gradient: Tensor, rate: float, root: float) -> None:

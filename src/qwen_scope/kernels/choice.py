@@ -23,6 +23,7 @@ from qwen_scope.errors import QwenScopeError, reason
 from qwen_scope.files import cache_folder, replacing
 from qwen_scope.kernels import reference
 from qwen_scope.kernels.screen import BoundBroken, Screen
+from qwen_scope.kernels.threads import thread_count
 
 Kernel = Literal["reference", "cpu-bfloat16", "cpu-float32", "triton"]
 """`reference`: the card's arithmetic by torch alone. The others return the exact largest pre-activations, found through a
@@ -185,7 +186,7 @@ def _seconds(runs: dict[Kernel, Any], inputs: list[Tensor]) -> dict[Kernel, list
 
 
 def _key(W_enc: Tensor, k: int) -> str:
-    where = torch.cuda.get_device_name(W_enc.device) if W_enc.is_cuda else f"{_cpu()} {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(W_enc.device) if W_enc.is_cuda else f"{_cpu()} {thread_count()} threads"
     versions = f"qwen-scope {_version('qwen-scope')} torch {torch.__version__} numba {_version('numba')}"
     shape = f"{W_enc.shape[1]}x{W_enc.shape[0]} k{k} {W_enc.dtype}".replace("torch.", "")
     return f"{where} | {versions} | {shape}"

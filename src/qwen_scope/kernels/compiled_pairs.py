@@ -103,7 +103,7 @@ def squared_norms(
     k: int,
     extra_at: Any,
     extra: Any,
-    unit: bool,
+    tangent: bool,
     parameter: Any,
     out: Any,
     start: int,
@@ -113,11 +113,11 @@ def squared_norms(
 
     Args:
         extra_at: `extra[extra_at[f] : extra_at[f + 1]]` is more gradient of f: one row or none.
-        unit: whether the rows of the parameter are kept at norm 1.
+        tangent: whether the gradient along the rows of the parameter, of norm 1, is left out.
     """
     total = np.empty(rows.shape[1], np.float32)
     for f in range(start, stop):
-        more, fixed = extra[extra_at[f] : extra_at[f + 1]], parameter[f : f + 1 if unit else f]
+        more, fixed = extra[extra_at[f] : extra_at[f + 1]], parameter[f : f + 1 if tangent else f]
         _gradient(order[starts[f] : starts[f + 1]], weights, rows, k, more, fixed, total)
         squared = 0.0
         for d in range(len(total)):
@@ -134,6 +134,7 @@ def adam(
     k: int,
     extra_at: Any,
     extra: Any,
+    tangent: bool,
     unit: bool,
     parameter: Any,
     first: Any,
@@ -152,6 +153,8 @@ def adam(
     """Adam on the rows from start to stop, each right after its gradient (see `squared_norms`) was summed up.
 
     Args:
+        tangent: as there.
+        unit: whether the rows of the parameter are set back to norm 1.
         first: Adam's running mean of the gradient.
         second: and of its square.
         factor: the gradient is multiplied by it.
@@ -161,7 +164,7 @@ def adam(
     """
     total = np.empty(rows.shape[1], np.float32)
     for f in range(start, stop):
-        more, fixed = extra[extra_at[f] : extra_at[f + 1]], parameter[f : f + 1 if unit else f]
+        more, fixed = extra[extra_at[f] : extra_at[f + 1]], parameter[f : f + 1 if tangent else f]
         _gradient(order[starts[f] : starts[f + 1]], weights, rows, k, more, fixed, total)
         row, mean, square = parameter[f], first[f], second[f]
         for d in range(len(total)):

@@ -7,14 +7,16 @@ come next. Here all threads share one kind of work and sleep between.
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import torch
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _size = 0
+_set_aside = threading.local()
 
 
 def share(function: Callable[[int, int], object], total: int, multiple: int = 1, calls_torch: bool = False) -> None:
@@ -27,7 +29,7 @@ def share(function: Callable[[int, int], object], total: int, multiple: int = 1,
         calls_torch: leaves no part to the caller's own thread, in which torch would use all of its threads; in the others
             it uses one each.
     """
-    threads = torch.get_num_threads()
+    threads = thread_count()
     parts = min(threads, -(-total // multiple))
     if parts <= 1:
         function(0, total)
@@ -44,6 +46,44 @@ def share(function: Callable[[int, int], object], total: int, multiple: int = 1,
             part.result()
     finally:
         wait(waiting)  # whatever happened, no part goes on writing after this returns
+
+
+def thread_count() -> int:
+    """Threads that work is shared among: as many as torch is set to use, or was before `torch_alone`."""
+    return getattr(_set_aside, "threads", None) or torch.get_num_threads()
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """While the block runs, torch's own operations use the caller's thread alone, and `share` as many as before.
+
+    For many small operations between loops of ours: torch's threads would gain little and then spin in their way.
+    """
+    if getattr(_set_aside, "threads", None) is not None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    _set_aside.threads = threads
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _set_aside.threads = None
+
+
+@contextmanager
+def torch_together() -> Iterator[None]:
+    """Inside `torch_alone`, gives torch its threads back for a block, such as a large matrix product."""
+    threads = getattr(_set_aside, "threads", None)
+    if threads is None:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
 
 
 def _workers(threads: int) -> ThreadPoolExecutor:

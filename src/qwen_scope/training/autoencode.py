@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwen_scope import kernels
+from qwen_scope.sae import Activation
 
 
 class Autoencoded(NamedTuple):
@@ -16,7 +17,7 @@ class Autoencoded(NamedTuple):
     indices: Int[Tensor, "tokens k"]
     """The features kept."""
     values: Float[Tensor, "tokens k"]
-    """Their activations after ReLU; for statistics, no gradient flows through them."""
+    """Their activations; for statistics, no gradient flows through them."""
 
 
 def autoencode(
@@ -27,6 +28,7 @@ def autoencode(
     b_dec: Float[Tensor, " d_model"],
     k: int,
     encoder: kernels.Encoder | None = None,
+    activation: Activation = "topk_relu",
 ) -> Autoencoded:
     """`decode(relu(top_k(x @ W_enc.T + b_enc)))` with sparse gradients, to fine-tune an SAE with any loss.
 
@@ -35,11 +37,12 @@ def autoencode(
     Args:
         decoder: `W_dec.T`, one contiguous row per feature.
         encoder: kept from step to step, it encodes by the fastest kernel; without one, the reference does.
+        activation: `topk` leaves the ReLU out.
 
     Raises:
         QwenScopeError: a token's pre-activations hold a NaN or an infinity.
     """
     indices, kept = kernels.encode(x, W_enc, b_enc, k, encoder)
     # Where ReLU cuts a value to 0, no gradient passes to the encoder.
-    values = kept.relu()
+    values = kept.relu() if activation == "topk_relu" else kept
     return Autoencoded(kernels.decode(indices, values, decoder, b_dec), indices, values.detach())

@@ -1,153 +1,211 @@
-"""Trains one `TopKSAE` on residuals: Gao et al.'s recipe (arXiv:2406.04093) with AuxK, in one process.
+"""Trains one `TopKSAE` on residuals: Gao et al.'s recipe (arXiv:2406.04093), in one process or several.
 
 The backward pass is written out, so that no gradient of a weight matrix ever exists: `AdamRows` sums up a feature's
 gradient and takes its step at once.
 """
 
+import dataclasses
 import math
-import time
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from qwen_scope import kernels
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.kernels.adam import AdamRows, RowGradient
-from qwen_scope.kernels.pairs import group_by_feature, row_dots, sum_per_feature
+from qwen_scope.kernels.adam import AdamRows
+from qwen_scope.kernels.choice import unavailable
+from qwen_scope.kernels.threads import torch_alone
 from qwen_scope.sae import TopKSAE
-from qwen_scope.training.autoencode import autoencode
+from qwen_scope.training.config import TrainConfig
+from qwen_scope.training.group import Group, Parallel, Ranks
+from qwen_scope.training.normalise import Normalisation
+from qwen_scope.training.objective import Gradients, Objective
+from qwen_scope.training.start import drawn
+from qwen_scope.training.weights import Weights, as_sae, has_unit_rows, of_sae
 
-LARGEST_NORM = 1.0
-"""Gradients of a larger norm, over all parameters together, are scaled down to it."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How one SAE is trained."""
-
-    d_sae: int
-    """Number of features."""
-    k: int = 50
-    """Features kept per token."""
-    batch: int = 2048
-    """Tokens in one step."""
-    epochs: float = 1.0
-    """Passes over the residuals, each in a new random order."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of Adam, for a dictionary of 16384 features; it is scaled by 1 / sqrt(d_sae / 16384)."""
-    warmup: float = 0.05
-    """Share of the steps in which the learning rate rises from 0."""
-    decay: float = 0.3
-    """Share of the steps, at the end, in which it falls to 0."""
-    aux_coefficient: float = 1 / 32
-    """Weight of the AuxK loss, which gives dead features a gradient (report section 2)."""
-    dead_after: int = 250_000
-    """A feature that has not fired for this many tokens counts as dead. Gao et al. wait 10 M; runs here are shorter."""
-    seed: int = 0
-    """Of the initial directions and the order of the tokens."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.d_sae:
-            raise QwenScopeError(f"expected k from 1 to d_sae = {self.d_sae}, found {self.k}; choose a smaller k")
-        for name in ("batch", "epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise QwenScopeError(f"expected {name} above 0, found {getattr(self, name)}; choose a larger one")
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """x -> (x - centre) / scale, so that one learning rate fits every layer of every model."""
-
-    centre: Float[Tensor, " d_model"]
-    scale: float
-
-    @staticmethod
-    def of(x: Float[Tensor, "tokens d_model"]) -> "Normalisation":
-        """Centre at the geometric median, scaled to unit mean square per dimension.
-
-        Raises:
-            QwenScopeError: NaN or infinity among the residuals.
-        """
-        bad = int((~x.isfinite().all(dim=1)).sum())
-        if bad:
-            raise QwenScopeError(
-                f"expected finite residuals, found NaN or infinity in {bad} of {len(x)} tokens; leave those out"
-            )
-        centre = geometric_median(x.float())
-        return Normalisation(centre, float((x.float() - centre).pow(2).mean().sqrt()))
-
-    def __call__(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
-        """Residuals in the units that the trainer works in."""
-        return (x.float() - self.centre) / self.scale
-
-
-def geometric_median(x: Float[Tensor, "tokens d_model"], steps: int = 50) -> Float[Tensor, " d_model"]:
-    """The point with the least summed distance to all rows, by Weiszfeld's iteration."""
-    point = x.mean(0)
-    for _ in range(steps):
-        weights = 1 / (x - point).norm(dim=1).clamp_min(1e-6)
-        new = (weights @ x) / weights.sum()
-        if (new - point).norm() <= 1e-5 * point.norm():
-            return new
-        point = new
-    return point
-
-
-class Gradients(NamedTuple):
-    """One for each of the four parameters."""
-
-    W_enc: RowGradient
-    b_enc: Float[Tensor, " d_sae"]
-    decoder: RowGradient
-    b_dec: Float[Tensor, " d_model"]
+SAMPLE = 16384
+"""Residuals that are plenty to take centre, scale and first directions from."""
+ALONE = Group()
 
 
 class SAETrainer:
-    """State of one run: parameters in normalised units, optimiser, when each feature last fired.
+    """State of one run: weights in normalised units, their optimisers, when each feature last fired.
 
-    The parameters see (x - centre) / scale. `sae()` folds both into the biases, so what comes out follows the published
-    convention (nothing subtracted, nothing scaled) and has decoder columns of norm 1 in the residual stream's units.
-    They live on the device of the sample.
+    The weights see (x - centre) / scale. `sae()` folds both into the biases, so what comes out follows the published
+    convention (nothing subtracted, nothing scaled). They live on the device of the sample.
+
+    Args:
+        config: the recipe.
+        sample: residuals that centre, scale and first directions are taken from; some ten thousand are plenty. The same
+            on all ranks of a group.
+        steps: steps of the whole run, for the schedule of the learning rate.
+        group: processes that train this SAE together; all make the same calls.
+        parallel: what they share. With `data`, each gives `step` its part of the batch; all hold the same weights, and
+            one of them can save the state. With `features`, all give it the whole batch; each holds its own features,
+            and its state is its own.
+
+    Raises:
+        QwenScopeError: residuals that are not finite or all the same, or features that the ranks cannot share equally.
     """
 
-    def __init__(self, config: TrainConfig, sample: Float[Tensor, "tokens d_model"], steps: int):
+    def __init__(
+        self,
+        config: TrainConfig,
+        sample: Float[Tensor, "tokens d_model"],
+        steps: int,
+        *,
+        group: Group = ALONE,
+        parallel: Parallel = "data",
+    ):
+        objective = Objective(config, True, Ranks.of(group, parallel))
+        normalise = Normalisation.of(sample, config.centre)
+        self._set_up(objective, normalise, drawn(objective, normalise, sample), steps)
+
+    @classmethod
+    def adapting(
+        cls,
+        config: TrainConfig,
+        sae: TopKSAE,
+        sample: Float[Tensor, "tokens d_model"],
+        steps: int,
+        *,
+        group: Group = ALONE,
+        parallel: Parallel = "data",
+    ) -> "SAETrainer":
+        """Goes on from a finished SAE, to adapt it to other residuals: those of a chat model, say, or of a fine-tuned one.
+
+        Before the first step `sae()` is the same SAE; its activation is kept. Decoder rows that are not of norm 1, which
+        published checkpoints do not promise, are left at any norm.
+
+        Raises:
+            QwenScopeError: an SAE of another d_sae, k or width than the recipe and the sample.
+        """
+        expected, found = (config.d_sae, config.k, sample.shape[1]), (sae.d_sae, sae.k, sae.d_model)
+        if expected != found:
+            raise QwenScopeError(
+                f"expected an SAE of d_sae = {expected[0]}, k = {expected[1]} and d_model = {expected[2]}, found "
+                f"{found[0]}, {found[1]} and {found[2]}; set the recipe to the SAE's"
+            )
+        config = dataclasses.replace(config, unit_norm=config.unit_norm and has_unit_rows(sae))
+        objective = Objective(config, sae.activation == "topk_relu", Ranks.of(group, parallel))
+        normalise = Normalisation.of(sample, config.centre)
+        trainer = cls.__new__(cls)
+        trainer._set_up(objective, normalise, of_sae(sae, normalise, objective.ranks.features), steps)
+        return trainer
+
+    @classmethod
+    def restored(
+        cls,
+        config: TrainConfig,
+        state: dict[str, Tensor],
+        steps: int,
+        *,
+        group: Group = ALONE,
+        parallel: Parallel = "data",
+    ) -> "SAETrainer":
+        """Goes on from `state()`, which is copied, on the device of its weights.
+
+        What comes out is, bit for bit on a CPU with as many threads, that of a trainer that was never interrupted.
+
+        Raises:
+            QwenScopeError: a state that lacks something, or of another number of features.
+        """
+        trainer = cls.__new__(cls)
+        try:
+            weights = Weights(*(state[name].clone() for name in Weights._fields))
+            normalise = Normalisation(state["centre"].clone(), float(state["scale"]))
+            config = dataclasses.replace(config, unit_norm=bool(state["unit_norm"]))
+            objective = Objective(config, bool(state["relu"]), Ranks.of(group, parallel))
+            # Kernels other than the reference give the same bits: it is no loss where another machine lacks this one.
+            kernel = get_args(kernels.Kernel)[int(state["kernel"])]
+            usable = unavailable(kernel, weights.W_enc.device) is None
+            trainer._set_up(objective, normalise, weights, steps, kernel if usable else None)
+            trainer.steps_done, trainer.tokens_seen = int(state["steps_done"]), int(state["tokens_seen"])
+            trainer.last_fired.copy_(state["last_fired"])
+            for name, adam in zip(Weights._fields, trainer.optimisers, strict=True):
+                moments = {moment: state[f"{name}.{moment}"] for moment in ("mean", "square")}
+                adam.load_state_dict({"steps": trainer.steps_done, **moments})
+        except KeyError as error:
+            raise QwenScopeError(
+                f"expected a trainer's state, found one without {error.args[0]}; pass what state() gave"
+            ) from error
+        return trainer
+
+    def _set_up(
+        self,
+        objective: Objective,
+        normalise: Normalisation,
+        weights: Weights,
+        steps: int,
+        kernel: kernels.Kernel | None = None,
+    ) -> None:
+        config, features = objective.config, objective.ranks.features
+        own = features.share(config.d_sae)
+        if len(weights.W_enc) != own.stop - own.start:
+            raise QwenScopeError(
+                f"expected weights of {own.stop - own.start} features, found {len(weights.W_enc)}; set d_sae to "
+                f"{len(weights.W_enc) * features.size}"
+            )
         self.config = config
         self.steps = steps
-        self.normalise = Normalisation.of(sample)
-        device = sample.device
-        generator = torch.Generator().manual_seed(config.seed)
-        # Directions of real tokens (shuffled) with noise: fewer features are born dead than with random directions.
-        rows = self.normalise(sample[torch.randint(len(sample), (config.d_sae,), generator=generator).to(device)])
-        noise = torch.randn(rows.shape, generator=generator).to(device)
-        self.decoder = _unit(_unit(rows) + _unit(noise))
-        self.b_enc = torch.zeros(config.d_sae, device=device)
-        self.b_dec = torch.zeros(sample.shape[1], device=device)
-        # The encoder is the decoder's transpose up to the one factor with which the first reconstructions fit best.
-        start = self.normalise(sample[:2048])
-        first = autoencode(start, self.decoder, self.b_enc, self.decoder, self.b_dec, config.k).x_hat
-        self.W_enc = self.decoder * ((first * start).sum() / first.pow(2).sum())
-        self.encoder = kernels.Encoder(kernels.choose(self.W_enc, self.b_enc, config.k).kernel)
-        self.adam_W_enc = AdamRows(self.W_enc)
-        self.adam_decoder = AdamRows(self.decoder, unit_norm=True)
-        self.adam_biases = torch.optim.Adam([self.b_enc, self.b_dec], fused=True)
+        self.objective = objective
+        self.normalise = normalise
+        self.weights = weights
+        self.optimisers = (
+            AdamRows(weights.W_enc),
+            AdamRows(weights.b_enc[:, None]),
+            AdamRows(weights.decoder, unit_norm=config.unit_norm, keep_parallel=not config.remove_parallel_gradient),
+            AdamRows(weights.b_dec[None]),
+        )
+        self.encoder = kernels.Encoder(kernel or kernels.choose(weights.W_enc, weights.b_enc, config.k).kernel)
         self.steps_done = 0
         self.tokens_seen = 0
-        self.last_fired = torch.zeros(config.d_sae, dtype=torch.long, device=device)
+        self.last_fired = torch.zeros(len(weights.b_enc), dtype=torch.long, device=weights.b_enc.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `restored` needs, as contiguous tensors for one safetensors file; not copied.
+
+        That the kernel is among it (its place in `kernels.Kernel`) is for exact repetition: which one is fastest is
+        measured, and the reference rounds sums otherwise than the rest.
+        """
+        numbers = {
+            "steps_done": self.steps_done,
+            "tokens_seen": self.tokens_seen,
+            "kernel": get_args(kernels.Kernel).index(self.encoder.kernel),
+            "unit_norm": int(self.config.unit_norm),
+            "relu": int(self.objective.relu),
+        }
+        moments = {
+            f"{name}.{moment}": getattr(adam, moment)
+            for name, adam in zip(Weights._fields, self.optimisers, strict=True)
+            for moment in ("mean", "square")
+        }
+        return {
+            **self.weights._asdict(),
+            **moments,
+            **{name: torch.tensor(number) for name, number in numbers.items()},
+            "last_fired": self.last_fired,
+            "centre": self.normalise.centre,
+            "scale": torch.tensor(self.normalise.scale, dtype=torch.float64),
+        }
 
     @property
     def parameters(self) -> list[Tensor]:
         """The four trained tensors; the decoder as (d_sae, d_model) rows."""
-        return [self.W_enc, self.b_enc, self.decoder, self.b_dec]
+        return list(self.weights)
 
     @property
     def dead(self) -> Int[Tensor, " dead"]:
-        """Features that have not fired for `dead_after` tokens."""
+        """Features, among the rank's own, that have not fired for `dead_after` tokens."""
         return (self.tokens_seen - self.last_fired > self.config.dead_after).nonzero().squeeze(1)
+
+    @property
+    def dead_count(self) -> int:
+        """Dead features over all ranks, which ask for it together."""
+        features = self.objective.ranks.features
+        return int(features.sum(torch.tensor(len(self.dead), device=self.last_fired.device)))
 
     def learning_rate(self, step: int) -> float:
         """What the schedule gives for a step, from 0: a rise, the peak, a fall."""
@@ -162,105 +220,42 @@ class SAETrainer:
         Raises:
             QwenScopeError: residuals or a loss that are not finite; no step is taken.
         """
-        x = self.normalise(x)
-        indices, kept = kernels.encode(x, self.W_enc, self.b_enc, self.config.k, self.encoder)
-        values = kept.relu()
-        error = kernels.decode(indices, values, self.decoder, self.b_dec) - x
-        # Normalised by the variance: the loss is the FVU, alike for every layer and model.
-        variance = (x - x.mean(0)).pow(2).sum()
-        fvu = float(error.pow(2).sum() / variance)
+        with torch_alone():
+            return self._step(self.normalise(x))
+
+    def _step(self, x: Tensor) -> float:
+        batch = self.objective.ranks.batch
+        found = self.objective.forward(x, self.weights, self.encoder)
+        fvu = self.objective.fvu(found)
         if not math.isfinite(fvu):
             raise QwenScopeError(
                 f"expected a finite loss, found {fvu} at step {self.steps_done}; lower the learning rate"
             )
-        self.tokens_seen += len(x)
-        self.last_fired[indices[values > 0]] = self.tokens_seen
-        self._descend(self._gradients(x, indices, values, error, variance))
+        fired = torch.zeros(len(self.last_fired), device=x.device)
+        fired[found.indices[found.values > 0]] = 1
+        self.tokens_seen += len(x) * batch.size
+        self.last_fired[batch.sum(fired) > 0] = self.tokens_seen
+        self._descend(self.objective.gradients(x, self.weights, found, self.dead))
         return fvu
 
-    def _gradients(self, x: Tensor, indices: Tensor, values: Tensor, error: Tensor, variance: Tensor) -> Gradients:
-        pairs = group_by_feature(indices, self.config.d_sae)
-        of_x_hat = error * (2 / variance)
-        # Where ReLU cut a value to 0, no gradient passes to the encoder.
-        of_values = row_dots(pairs, of_x_hat, self.decoder) * (values > 0)
-        b_enc = sum_per_feature(indices, of_values, self.config.d_sae)
-        extra_W_enc = extra_decoder = None
-        dead = self.dead
-        if len(dead) and self.config.aux_coefficient:
-            rows, biases, directions = self._aux_gradients(x, -error, dead)
-            b_enc.index_add_(0, dead, biases)
-            extra_W_enc, extra_decoder = (dead, rows), (dead, directions)
-        return Gradients(
-            RowGradient(pairs, of_values, x, extra_W_enc),
-            b_enc,
-            RowGradient(pairs, values, of_x_hat, extra_decoder),
-            of_x_hat.sum(0),
-        )
-
-    def _aux_gradients(self, x: Tensor, residue: Tensor, dead: Tensor) -> tuple[Tensor, ...]:
-        """AuxK: how badly the strongest dead features explain what the living ones left over."""
-        W_enc, b_enc, decoder = rows = [of[dead].requires_grad_() for of in (self.W_enc, self.b_enc, self.decoder)]
-        with torch.enable_grad():
-            pre = F.linear(x, W_enc, b_enc)
-            values, which = pre.topk(min(x.shape[1] // 2, len(dead)), dim=1)
-            acts = torch.zeros_like(pre).scatter(1, which, values.relu())
-            loss = (acts @ decoder - residue).pow(2).sum() / residue.pow(2).sum()
-            return torch.autograd.grad(self.config.aux_coefficient * loss, rows)
-
     def _descend(self, gradients: Gradients) -> None:
-        squares = self.adam_W_enc.squared_norm(gradients.W_enc) + self.adam_decoder.squared_norm(gradients.decoder)
-        squares += float(gradients.b_enc.pow(2).sum() + gradients.b_dec.pow(2).sum())
-        if not math.isfinite(squares):
+        both = list(zip(self.optimisers, gradients, strict=True))
+        *of_features, of_b_dec = (adam.squared_norm(gradient) for adam, gradient in both)
+        squares = torch.tensor(sum(of_features), dtype=torch.float64, device=self.last_fired.device)
+        squared = float(self.objective.ranks.features.sum(squares)) + of_b_dec
+        if not math.isfinite(squared):
             raise QwenScopeError(
-                f"expected finite gradients, found {squares} as their squared norm at step {self.steps_done}; lower the "
+                f"expected finite gradients, found {squared} as their squared norm at step {self.steps_done}; lower the "
                 "learning rate"
             )
-        factor = min(1.0, LARGEST_NORM / (math.sqrt(squares) + 1e-6))
+        largest = self.config.clip_norm or math.inf
+        factor = min(1.0, largest / (math.sqrt(squared) + 1e-6))
         rate = self.learning_rate(self.steps_done)
-        self.adam_W_enc.step(gradients.W_enc, rate, factor)
-        self.adam_decoder.step(gradients.decoder, rate, factor)
-        self.b_enc.grad, self.b_dec.grad = gradients.b_enc * factor, gradients.b_dec * factor
-        self.adam_biases.param_groups[0]["lr"] = rate
-        self.adam_biases.step()
+        for adam, gradient in both:
+            adam.step(gradient, rate, factor)
         self.steps_done += 1
 
     def sae(self) -> TopKSAE:
-        """The SAE as it is now, in the published convention (activation `topk_relu`)."""
-        centre, scale = self.normalise.centre, self.normalise.scale
-        W_enc, b_enc, decoder, b_dec = (p.detach().clone() for p in self.parameters)
-        b_enc = b_enc * scale - (W_enc.double() @ centre.double()).float()
-        return TopKSAE(W_enc, decoder.T, b_enc, b_dec * scale + centre, self.config.k, "topk_relu")
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-
-
-def train_sae(x: Float[Tensor, "tokens d_model"], config: TrainConfig) -> TopKSAE:
-    """Trains one SAE on residuals held in memory (any float dtype).
-
-    Raises:
-        QwenScopeError: fewer tokens than one batch, residuals or a loss that are not finite.
-    """
-    if len(x) < config.batch:
-        raise QwenScopeError(f"expected at least one batch of {config.batch} tokens, found {len(x)}; harvest more text")
-    per_epoch = len(x) // config.batch
-    steps = max(1, round(per_epoch * config.epochs))
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    sample = x[torch.randperm(len(x), generator=generator)[:16384]]
-    trainer = SAETrainer(config, sample, steps)
-    order = torch.empty(0, dtype=torch.long)
-    smooth = None
-    start = time.monotonic()
-    with tqdm(
-        total=steps * config.batch, desc=f"training {config.d_sae} features", unit="token", unit_scale=True
-    ) as bar:
-        for step in range(steps):
-            if step % per_epoch == 0:
-                order = torch.randperm(len(x), generator=generator)
-            at = step % per_epoch * config.batch
-            fvu = trainer.step(x[order[at : at + config.batch]])
-            smooth = fvu if smooth is None else 0.98 * smooth + 0.02 * fvu
-            bar.update(config.batch)
-            bar.set_postfix(fvu=f"{smooth:.4f}", dead=len(trainer.dead), seconds=round(time.monotonic() - start))
-    return trainer.sae()
+        """The SAE as it is now, in the published convention; ranks call it together and each gets the whole of it."""
+        activation = "topk_relu" if self.objective.relu else "topk"
+        return as_sae(self.weights, self.normalise, self.config.k, activation, self.objective.ranks.features)

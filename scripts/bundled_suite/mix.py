@@ -1,10 +1,9 @@
-"""Second step of the bundled suite: run the corpus through the bundled model and keep the residuals on disk.
+"""Second step of the bundled suite: mix the corpus by kind and write it as a corpus that `qwen-scope train` reads.
 
-    python scripts/bundled_suite/harvest.py CORPUS_DIR RESIDUALS_DIR [--tokens N] [--part I/N]
+    python scripts/bundled_suite/mix.py CORPUS_DIR
 
-Documents are drawn so that each kind of text has its share (`SHARES`, by characters). Every second dialogue and
-instruction is rendered through the model's chat template, since it is a chat model. About 1 000 tokens/s on 2 cores;
-resumes where it stopped.
+Writes CORPUS_DIR/mixed.jsonl out of train.jsonl. Documents are drawn so that each kind of text has its share (`SHARES`, by
+characters). Every second dialogue and instruction is rendered through the model's chat template, since it is a chat model.
 """
 
 import argparse
@@ -12,13 +11,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwen_scope.backbone import Backbone
-from qwen_scope.training.activations import harvest_residuals
+from qwen_scope.bundled import model_folder
+from qwen_scope.files import replacing
 
-LAYERS = [7, 15, 23]
 SHARES = {
     "prose": 0.20,
     "instruction": 0.14,
@@ -62,22 +59,17 @@ def rendered(documents: Iterator[dict], tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def main() -> None:
-    """Harvests train and held-out residuals."""
+    """Mixes and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
-    parser.add_argument("residuals", type=Path)
-    parser.add_argument("--tokens", type=int, default=3_000_000)
-    parser.add_argument("--heldout-tokens", type=int, default=131_072)
-    parser.add_argument("--part", default="0/1", help="I/N: make every N-th shard only, in one thread if N > 1")
     args = parser.parse_args()
-    index, parts = map(int, args.part.split("/"))
-    if parts > 1:
-        torch.set_num_threads(1)
-    backbone = Backbone.from_pretrained(dtype="bfloat16", device="cpu")
-    assert backbone.tokenizer is not None
-    for part, tokens in (("heldout", args.heldout_tokens), ("train", args.tokens)):
-        texts = rendered(mixed_documents(args.corpus / f"{part}.jsonl"), backbone.tokenizer)
-        harvest_residuals(backbone, texts, LAYERS, args.residuals / part, tokens=tokens, part=(index, parts))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    texts = rendered(mixed_documents(args.corpus / "train.jsonl"), tokenizer)
+    with (
+        replacing(args.corpus / "mixed.jsonl") as temporary,
+        temporary.open("w", encoding="utf-8", newline="\n") as file,
+    ):
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
 if __name__ == "__main__":
