@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_scope import QwenScopeError
-from qwen_scope.corpus import documents, fingerprint
+from qwen_scope.corpus import documents
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 # No surrogates, which are no Unicode text, and no zero byte, which marks binary files.
@@ -329,9 +329,8 @@ def test_an_unknown_dataset(monkeypatch: pytest.MonkeyPatch):
     "source", ["", "nothing", "a/b.txt", "a/b/c", "/nothing/there", "../x", "x" * 5000, "a\0b", "a/.."]
 )
 def test_nothing_there(source: str):
-    for call in (lambda: next(documents(source)), lambda: fingerprint(source)):
-        with pytest.raises(QwenScopeError, match="found nothing at"):
-            call()
+    with pytest.raises(QwenScopeError, match="found nothing at"):
+        next(documents(source))
 
 
 def test_a_path_is_never_a_dataset():
@@ -422,9 +421,8 @@ def test_without_permission(tmp_path: Path):
     write(tmp_path / "a.txt", "a").chmod(0)
     (tmp_path / "b").mkdir(mode=0)
     for source in (tmp_path, tmp_path / "a.txt", tmp_path / "b"):
-        for call in (read, fingerprint):
-            with pytest.raises(QwenScopeError, match=r"cannot be read .*denied"):
-                call(source)
+        with pytest.raises(QwenScopeError, match=r"cannot be read .*denied"):
+            read(source)
     (tmp_path / "b").rmdir()
 
 
@@ -446,35 +444,3 @@ def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(QwenScopeError, match=rf"package {module} to read {source}.* pip install 'qwen-scope\[train\]'"):
         next(documents(source))
-
-
-# Fingerprints
-
-
-def test_a_fingerprint_follows_the_contents(tmp_path: Path):
-    for name in ("one", "copy"):
-        write(tmp_path / name / "a.txt", "a" * 300_000)
-        write(tmp_path / name / "b" / "c.txt", "c")
-    first = fingerprint(tmp_path / "one")
-    assert first == fingerprint(str(tmp_path / "copy"))
-    assert len(bytes.fromhex(first)) == 32
-    seen = {first}
-    for change in (
-        lambda: write(tmp_path / "one" / "a.txt", "b" + "a" * 299_999),
-        lambda: write(tmp_path / "one" / "a.txt", "a" * 299_999 + "b"),
-        lambda: write(tmp_path / "one" / "a.txt", "a" * 300_001),
-        lambda: write(tmp_path / "one" / "d.txt", "d"),
-        lambda: (tmp_path / "one" / "d.txt").rename(tmp_path / "one" / "e.txt"),
-        lambda: (tmp_path / "one" / "e.txt").rename(tmp_path / "one" / "b" / "e.txt"),
-    ):
-        change()
-        seen.add(fingerprint(tmp_path / "one"))
-    assert len(seen) == 7
-    assert fingerprint(tmp_path / "one" / "a.txt") != fingerprint(tmp_path / "copy" / "a.txt")
-
-
-def test_a_fingerprint_of_a_dataset_needs_no_network():
-    options = [{}, {"split": "test"}, {"config": "en"}, {"split": "test", "config": "en"}]
-    prints = [fingerprint("org/name", **option) for option in options]
-    assert len({*prints, fingerprint("org/name2")}) == 5
-    assert fingerprint("org/name") == prints[0]

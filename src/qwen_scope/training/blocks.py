@@ -207,7 +207,7 @@ def left_over(
     order: Int[Tensor, " kept"],
     carried: Float[Tensor, "few d_model"],
     batch: int,
-) -> Float[Tensor, "few d_model"]:
+) -> Float[Tensor, "left d_model"]:
     """The rows that make no whole batch: they begin the next block's first one."""
     total = len(carried) + len(order)
     if total < batch:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from tqdm import tqdm
 
 from qwen_scope.errors import QwenScopeError
@@ -32,7 +32,7 @@ AT_ONCE = 256
 class Pieces:
     """Pieces of token ids, memory-mapped; piece n is `pieces[n]`."""
 
-    ids: Int[np.ndarray, " tokens"]
+    ids: Integer[np.ndarray, " tokens"]
     """All token ids, piece after piece (uint32)."""
     starts: Int[np.ndarray, " pieces_and_1"]
     """Where each piece begins in `ids`, and the end of the last (int64)."""

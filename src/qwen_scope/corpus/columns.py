@@ -1,0 +1,91 @@
+"""Which column of a row holds its text or messages, and what makes a document of it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.tokens import Message
+
+Document = str | list[Message]
+"""A plain text, or the messages of one chat."""
+
+_NAMED = ("text", "messages", "conversations", "conversation")
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+
+
+def choose(columns: Mapping[str, bool], asked: str | None, where: str) -> str:
+    """The column to read, of columns that hold strings or do not."""
+    strings = [name for name, is_string in columns.items() if is_string]
+    wanted = _NAMED if asked is None else (asked,)
+    for name in (*wanted, *(strings if asked is None and len(strings) == 1 else [])):
+        if name in columns:
+            return name
+    expected = "a column text or messages, or one column of strings," if asked is None else f"the column {asked!r}"
+    found = ", ".join(map(repr, columns)) or "no columns"
+    raise QwenScopeError(f"expected {expected} in {where}, found {found}; choose one with --column (column= in Python)")
+
+
+def in_column(rows: Iterator[tuple[str, Any]], column: str | None) -> Iterator[tuple[str, Any]]:
+    """The values in the column to read of rows with their places."""
+    chosen = None
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise QwenScopeError(
+                f"expected a row of named columns in {where}, found {type(row).__name__}; write rows such as "
+                '{"text": "…"}'
+            )
+        if chosen is None:
+            chosen = choose({name: isinstance(value, str) for name, value in row.items()}, column, where)
+        yield where, row.get(chosen)
+
+
+def as_document(value: Any, where: str) -> Document:
+    """A value as a document, or a QwenScopeError that says where it was."""
+    if isinstance(value, str):
+        return _unicode(value, where)
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        messages = [_message(message) for message in value]
+        if all(isinstance(message.get("role"), str) and "content" in message for message in messages):
+            for message in messages:
+                _unicode(str(message["content"]), where)
+            return messages
+    raise QwenScopeError(
+        f"expected text or chat messages with role and content in {where}, found {type(value).__name__} "
+        f"{repr(value)[:60]}; choose another column with --column (column= in Python)"
+    )
+
+
+def _message(message: dict[str, Any]) -> Message:
+    if "from" not in message or "value" not in message:
+        return message
+    return {"role": _SHAREGPT.get(str(message["from"]), message["from"]), "content": message["value"]}
+
+
+def _unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise QwenScopeError(
+            f"expected valid Unicode in {where}, found {text[error.start]!a} at character {error.start}; correct the text"
+        ) from error
+    return text
+
+
+def is_blank(document: Document) -> bool:
+    """Whether a document has nothing to read."""
+    if isinstance(document, str):
+        return not document or document.isspace()
+    return all(not message["content"] or str(message["content"]).isspace() for message in document)
+
+
+def unreadable(place: str | Path, error: Exception) -> QwenScopeError:
+    """The error for a source that is there but cannot be read."""
+    return QwenScopeError(
+        f"expected to read {place}, found that it cannot be read ({short(error)}); check or fetch it again"
+    )
+
+
+def short(error: Exception) -> str:
+    """A library's error on one line; unlike its first sentence, this keeps the choices that `datasets` lists."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,124 @@
+"""`documents`: files, folders, tables and Hugging Face datasets as one stream of documents."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qwen_scope.corpus.columns import Document, as_document, is_blank, unreadable
+from qwen_scope.corpus.files import NotText, ending, json_lines, json_rows, separated_rows, text_pieces
+from qwen_scope.corpus.tables import hub_rows, parquet_rows, saved_rows
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.files import is_file, is_folder
+
+_TEXTS = (".txt", ".md")
+_ROWS = {
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_rows,
+    ".csv": separated_rows,
+    ".tsv": separated_rows,
+    ".parquet": parquet_rows,
+}
+
+
+def documents(
+    source: str | Path,
+    *,
+    column: str | None = None,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = True,
+) -> Iterator[Document]:
+    """The documents of a corpus, one at a time, always in the same order.
+
+    - `.txt`, `.md` and any file of another kind: the file is one document. One longer than 1 MiB comes in pieces of about
+      that size, cut at line ends.
+    - `.jsonl`, `.ndjson`, `.json` (one list of rows, or a row a line), `.csv`, `.tsv`, `.parquet`: a row is a document.
+    - `.gz` after any of these but `.parquet`: the same, compressed.
+    - A folder: its files in the order of their names, folders within it included; hidden files, linked folders and files
+      that are not UTF-8 text are left out. Files whose ending promises text or rows must keep the promise.
+    - A folder written by `datasets.save_to_disk`, or the id `org/name` of a dataset on the Hugging Face hub.
+
+    Blank documents and rows without a value are left out.
+
+    Args:
+        source: a file, a folder, or a dataset's id.
+        column: where a row's text or messages are; None takes `text`, `messages`, `conversations` or `conversation`, else
+            the only column of strings. It must be in the first row. Messages are dicts with `role` and `content`, or
+            with `from` and `value` as in ShareGPT, which are renamed.
+        split: for datasets, the split to read.
+        config: for datasets on the hub, the configuration to read.
+        streaming: for datasets on the hub, whether to read while downloading; False keeps a copy in the hub's cache.
+
+    Raises:
+        QwenScopeError: nothing there, no document in it, no such column, or a file, row or value that cannot be read.
+    """
+    found = False
+    for where, value in _values(source, column, split, config, streaming):
+        if value is not None and not is_blank(document := as_document(value, where)):
+            found = True
+            yield document
+    if not found:
+        raise QwenScopeError(
+            f"expected a corpus of at least one document in {source}, found only blank ones or none; choose another source"
+        )
+
+
+def _locate(source: str | Path) -> Path | str:
+    """The file or folder that a source names, or the dataset's id that it is."""
+    name = str(source)
+    if name and (is_file(name) or is_folder(name)):
+        return Path(name).expanduser()
+    looks_like_a_file = ending(Path(name)) in {*_TEXTS, *_ROWS}
+    if isinstance(source, Path) or looks_like_a_file or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise QwenScopeError(
+            f"expected a file, a folder or the id org/name of a Hugging Face dataset, found nothing at {name!r}; check the "
+            "path"
+        )
+    return name
+
+
+def _values(
+    source: str | Path, column: str | None, split: str, config: str | None, streaming: bool
+) -> Iterator[tuple[str, Any]]:
+    """Each text or row's value as it was stored, with the words that say where it was."""
+    place = _locate(source)
+    if isinstance(place, str):
+        return hub_rows(place, column, split, config, streaming)
+    if place.is_file():
+        return _ROWS.get(ending(place), text_pieces)(place, column)
+    if any(is_file(place / name) for name in ("state.json", "dataset_dict.json")):
+        return saved_rows(place, column, split)
+    return _folder(place, column)
+
+
+def _folder(folder: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    files = skipped = 0
+    for path in _files(folder):
+        files += 1
+        try:
+            yield from _ROWS.get(ending(path), text_pieces)(path, column)
+        except NotText:
+            if ending(path) in {*_TEXTS, *_ROWS}:
+                raise
+            skipped += 1
+    if files == skipped:
+        raise QwenScopeError(
+            f"expected text files in {folder}, found {files} files and no UTF-8 text in them; choose another folder"
+        )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as listing:
+            # A linked folder could lead back to this one, so links do not count as folders.
+            entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in listing)
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    for name, is_real_folder in entries:
+        if is_real_folder and not name.startswith("."):
+            yield from _files(folder / name)
+        elif not name.startswith(".") and is_file(folder / name):
+            yield folder / name
