@@ -83,7 +83,7 @@ class Plan:
                 f"expected at least one batch of {config.recipe.batch} tokens and some to hold out in {corpus}, found {rows} "
                 f"and {len(held_out)} pieces; give more text or a smaller batch"
             )
-        blocks = Blocks(pieces, train_pieces, config.recipe.seed, config.buffer_tokens, config.passes)
+        blocks = Blocks(pieces, train_pieces, config.recipe.seed, config.buffer_tokens)
         return Plan(corpus, config, backbone, pieces, train_pieces, held_out, blocks, steps, owners)
 
 

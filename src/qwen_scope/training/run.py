@@ -5,7 +5,7 @@ once more, with the same result.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -102,21 +102,16 @@ class Run:
             smoothing=0,
             disable=quiet,
         ) as self.bar:
-            for residuals in self._visited_blocks():
-                self._train_on(residuals)
+            self._visit_blocks()
         self.tracker.finish()
         # What comes after, such as the report, may fail.
         self._save()
 
-    def _visited_blocks(self) -> Iterator[Residuals]:
-        """The block of each visit until all layers in all processes have had enough; saves between visits."""
-        held_number, held = -1, {}
+    def _visit_blocks(self) -> None:
+        """Until all layers in all processes have had enough; saves between visits."""
         while self.group.any(not all(run.finished for run in self.layers.values())):
-            number = self.plan.blocks.number(self.visit)
-            if number != held_number:
-                held = {}  # so that two blocks are never in memory
-                held_number, held = number, self._block(number)
-            yield held
+            # Not named here, so that two blocks are never in memory.
+            self._train_on(self._block(self.plan.blocks.number(self.visit)))
             for run in self.layers.values():
                 run.end_visit()
             self.visit += 1

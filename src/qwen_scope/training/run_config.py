@@ -25,7 +25,7 @@ class RunConfig:
     tokens: int | None = None
     """Tokens to take from the corpus, those held out not counted. Default: all."""
     passes: int = 1
-    """How often each residual is trained on, each time in another order; the model still reads it only once."""
+    """How often each residual is trained on, each time in another order; with `cache`, the model reads it only once."""
     context: int = 256
     """Most tokens the model sees at once. Longer documents are cut; no piece holds parts of two."""
     column: str | None = None
