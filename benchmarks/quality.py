@@ -14,6 +14,7 @@ then with the best of them on all. At the end come short runs in turns, which is
 import json
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,11 +25,12 @@ import machine
 import torch
 from contenders import OWN, Sizes, missing_peers, peers
 from quality_data import Data, held_out_tokens, read_corpus, training_tokens, write_random
-from quality_trainers import RECIPES, Batches, Trained
+from quality_trainers import RECIPES, SAMPLE, Batches, Trained
 from timing import OURS, quartiles, short
 
 from qwen_scope.evaluation.fidelity import fvu
 from qwen_scope.files import replacing
+from qwen_scope.training.normalise import Normalisation
 
 MEASURED_AT_ONCE = 2048
 
@@ -101,7 +103,8 @@ def run(plan: Plan, folder: Path) -> dict[str, Any]:
                 "label": f"{labels[recipe.package]}{recipe.label}",
                 "rates": recipe.rates,
                 "default_rate": recipe.default_rate,
-                "training": recipe.includes,
+                "normalised_before": recipe.normalised,
+                "training": recipe.training,
             }
             for name, recipe in recipes.items()
         },
@@ -128,9 +131,15 @@ def kept_run(plan: Plan, folder: Path, name: str, rate: float, steps: int) -> di
 def trained(name: str, folder: str, planned: dict[str, Any], rate: float, steps: int) -> dict[str, float]:
     """Trains and measures; for a fresh process."""
     plan = planned_again(planned)
-    batches = Batches(training_tokens(plan.data, Path(folder), steps * plan.batch), plan.batch)
+    batches = batches_for(name, plan, folder, steps)
     made = RECIPES[name].train(batches, plan.sizes, rate)
-    return quality(plan, made, held_out_tokens(plan.data, Path(folder)))
+    return quality(plan, made, batches.seen(held_out_tokens(plan.data, Path(folder))))
+
+
+def batches_for(name: str, plan: Plan, folder: str, steps: int) -> Batches:
+    tokens = training_tokens(plan.data, Path(folder), steps * plan.batch)
+    normalise = Normalisation.of(tokens[:SAMPLE], "mean") if RECIPES[name].normalised else None
+    return Batches(tokens, plan.batch, normalise)
 
 
 @torch.no_grad()
@@ -151,7 +160,7 @@ def quality(plan: Plan, made: Trained, x: torch.Tensor) -> dict[str, float]:
 def speeds_of(plan: Plan, moments: list[float]) -> list[float]:
     """Tokens per second of each window of steps, from the moments at which batches were asked for."""
     ends = moments[plan.warm_up :: plan.window]
-    return [plan.window * plan.batch / (end - start) for start, end in zip(ends, ends[1:], strict=False)]
+    return [plan.window * plan.batch / (end - start) for start, end in pairwise(ends)]
 
 
 def compared_speeds(plan: Plan, folder: Path, rates: dict[str, float]) -> dict[str, Any]:
@@ -174,7 +183,7 @@ def speed(name: str, folder: str, planned: dict[str, Any], rate: float) -> float
     """Tokens per second, the median of a short run's windows; for a fresh process."""
     plan = planned_again(planned)
     steps = plan.warm_up + plan.timed_windows * plan.window + 1
-    batches = Batches(training_tokens(plan.data, Path(folder), steps * plan.batch), plan.batch)
+    batches = batches_for(name, plan, folder, steps)
     RECIPES[name].train(batches, plan.sizes, rate)
     return median(speeds_of(plan, batches.moments))
 

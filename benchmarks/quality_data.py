@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -10,8 +10,12 @@ from contenders import Sizes, residuals
 from torch import Tensor
 
 from qwen_scope.backbone import Backbone
+from qwen_scope.bundled import MODEL_NAME
 from qwen_scope.training.blocks import BlockCache, Blocks, kept_rows, read_block
 from qwen_scope.training.pieces import Pieces
+
+DEPENDS_ON = ("model", "corpus", "seed", "context", "buffer_tokens", "held_out")
+"""What residuals follow from, beside block and layer: a folder made from something else is refused."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,17 @@ def read_corpus(data: Data, corpus: Path, folder: Path) -> None:
             tokens, texts(corpus), backbone.tokenizer, context=data.context, tokens=data.corpus_tokens + data.held_out
         )
     )
+    about = {**asdict(data), "model": MODEL_NAME, "corpus": pieces.fingerprint()}
     train, held_out = pieces.split(data.held_out, data.seed)
     blocks = Blocks(pieces, train, data.seed, data.buffer_tokens)
     if len(blocks) < data.blocks:
-        raise SystemExit(f"expected {data.blocks} blocks of text, found {len(blocks)}; give a longer corpus than {corpus}")
+        raise SystemExit(
+            f"expected {data.blocks} blocks of text, found {len(blocks)}; give a longer corpus than {corpus}"
+        )
     wanted = [("heldout", 0, held_out), *(("train", n, blocks.of(n)) for n in range(data.blocks))]
     for part, number, chosen in wanted:
-        cache = BlockCache(folder / part, [data.layer])
-        if cache.load(number) is None:
+        cache = BlockCache(folder / part, {name: about[name] for name in DEPENDS_ON})
+        if not cache.load(number, [data.layer]):
             print(f"reading the residuals of {part} block {number}", flush=True)
             cache.save(number, read_block(backbone, pieces, chosen, [data.layer]))
 
@@ -67,9 +74,9 @@ def write_random(data: Data, sizes: Sizes, folder: Path) -> None:
     """Gaussian residuals in place of a corpus', to see whether everything runs."""
     for number in range(data.blocks):
         x = residuals(data.buffer_tokens, sizes.d_model, data.seed + number + 1)
-        BlockCache(folder / "train", [data.layer]).save(number, {data.layer: x})
+        BlockCache(folder / "train", {}).save(number, {data.layer: x})
     held_out = residuals(data.held_out, sizes.d_model, data.seed)
-    BlockCache(folder / "heldout", [data.layer]).save(0, {data.layer: held_out})
+    BlockCache(folder / "heldout", {}).save(0, {data.layer: held_out})
 
 
 def training_tokens(data: Data, folder: Path, tokens: int) -> Tensor:
@@ -91,8 +98,5 @@ def held_out_tokens(data: Data, folder: Path) -> Tensor:
 
 def kept(data: Data, folder: Path, number: int) -> Tensor:
     """A block's residuals, norm outliers left out."""
-    found = BlockCache(folder, [data.layer]).load(number)
-    if found is None:
-        raise SystemExit(f"expected block {number} in {folder.name}/, found none; run the benchmark with its corpus")
-    x = found[data.layer]
+    x = BlockCache(folder, {}).load(number, [data.layer])[data.layer]
     return x[kept_rows(x)]

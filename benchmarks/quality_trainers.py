@@ -1,12 +1,11 @@
 """Who trains in quality.py: ours and the peers, each by its own trainer and recipe, on the same batches in the same order.
 
-A contender takes the batches one by one and gives back something that reconstructs. Peers are given what suits so short
-a run, where their own default does not: see what each one's `includes` says.
+A contender takes the batches one by one and gives back something that reconstructs.
 """
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -19,8 +18,10 @@ from contenders import Sizes
 from torch import Tensor, nn
 
 from qwen_scope.training import SAETrainer, TrainConfig
-from qwen_scope.training.trainer import SAMPLE
+from qwen_scope.training.normalise import Normalisation
 
+SAMPLE = 16384
+"""The first training tokens, from which centre, scale and whatever else a trainer measures before it starts are taken."""
 WARMUP, DECAY = 0.05, 0.2
 """Shares of the steps: the rise of sparsify's Adam, which by default takes 1000 steps, and the fall at sae-lens' end."""
 
@@ -28,28 +29,34 @@ WARMUP, DECAY = 0.05, 0.2
 class Batches:
     """The training tokens in batches, in their order; notes when each was asked for."""
 
-    def __init__(self, tokens: Tensor, batch: int) -> None:
-        self.parts = tokens.split(batch)
+    def __init__(self, tokens: Tensor, batch: int, normalise: Normalisation | None) -> None:
+        self.tokens, self.batch, self.normalise = tokens, batch, normalise
         self.moments: list[float] = []
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.tokens) // self.batch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Tensor:
-        if number >= len(self):
-            raise IndexError(number)
         self.moments.append(time.perf_counter())
-        return self.parts[number].float()
+        return self.seen(self.tokens[number * self.batch : (number + 1) * self.batch])
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Residuals as this contender's trainer gets them."""
+        return self.normalise(x) if self.normalise else x.float()
 
     @property
     def sample(self) -> Tensor:
-        """The first tokens, for what is measured before training."""
-        return torch.cat(self.parts[: -(-SAMPLE // len(self.parts[0]))]).float()
+        return self.seen(self.tokens[:SAMPLE])
 
 
 class Trained(Protocol):
-    unfired_for: Tensor
-    """For each feature, how many training tokens ago it fired last."""
+    @property
+    def unfired_for(self) -> Tensor:
+        """For each feature, how many training tokens ago it fired last."""
+        ...
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstructions, and the features that fired at any of the tokens."""
@@ -62,11 +69,15 @@ class Recipe:
 
     package: str
     label: str
+    """What is added to the package's name."""
     rates: tuple[float, ...]
-    """Learning rates to try, around the best one known."""
+    """Learning rates to try, around the best one."""
     default_rate: float
-    """What the package takes when none is given, at 576 -> 9216."""
-    includes: str
+    """What the package takes when none is given, at 9216 features."""
+    normalised: bool
+    """Whether residuals are centred at their mean and scaled to unit mean square before its trainer gets them."""
+    training: str
+    """What it does, in words."""
     train: Callable[[Batches, Sizes, float], Trained]
 
 
@@ -81,7 +92,7 @@ class Ours:
 
 
 def qwen_scope(batches: Batches, sizes: Sizes, rate: float) -> Ours:
-    config = TrainConfig(sizes.d_sae, sizes.k, batch=len(batches.parts[0]), learning_rate=rate)
+    config = TrainConfig(sizes.d_sae, sizes.k, batch=batches.batch, learning_rate=rate)
     trainer = SAETrainer(config, batches.sample, len(batches))
     for x in batches:
         trainer.step(x)
@@ -108,7 +119,7 @@ class Replay(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         number = int(input_ids[0, 0])
-        return self.layer(self.batches.parts[0][None].float() if number < 0 else self.batches[number][None])
+        return self.layer((self.batches.sample[:1] if number < 0 else self.batches[number])[None])
 
 
 class Numbers:
@@ -121,7 +132,7 @@ class Numbers:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        return {"input_ids": torch.full((len(self.batches.parts[number]),), number)}
+        return {"input_ids": torch.full((self.batches.batch,), number)}
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,7 @@ def sae_lens(batches: Batches, sizes: Sizes, rate: float) -> FromSAELens:
             d_in=sizes.d_model, d_sae=sizes.d_sae, k=sizes.k, normalize_activations="expected_average_only_in"
         )
     )
-    batch = len(batches.parts[0])
+    batch = batches.batch
     measured = batches.sample.split(batch)
     run = trainer.SAETrainer(
         config.SAETrainerConfig(
@@ -193,8 +204,49 @@ def sae_lens(batches: Batches, sizes: Sizes, rate: float) -> FromSAELens:
 
 
 RECIPES = {
-    "qwen_scope": Recipe("qwen_scope", "", (1e-3, 2e-3, 4e-3, 8e-3), 2e-3, "", qwen_scope),
-    "sparsify_signum": Recipe("sparsify", ", signum", (2.5e-3, 5e-3, 1e-2), 6.67e-3, "", partial(sparsify, "signum")),
-    "sparsify_adam": Recipe("sparsify", ", Adam", (1e-3, 2e-3, 4e-3), 2.67e-4, "", partial(sparsify, "adam")),
-    "sae_lens": Recipe("sae_lens", "", (1e-3, 2e-3, 4e-3), 3e-4, "", sae_lens),
+    "qwen_scope": Recipe(
+        "qwen_scope",
+        "",
+        (1e-3, 2e-3, 3e-3, 4e-3),
+        2e-3,
+        False,
+        "SAETrainer with the defaults of TrainConfig but for the learning rate, which is for 16384 features and scaled by "
+        "1 / sqrt(d_sae / 16384): centred and scaled by itself, decoder from directions of tokens, Adam, warm-up over 5 % of "
+        "the steps and decay over the last 30 %, AuxK 1/32 on features that have not fired for 250 000 tokens",
+        qwen_scope,
+    ),
+    "sparsify_signum": Recipe(
+        "sparsify",
+        ", signum",
+        (2.5e-3, 5e-3, 1e-2),
+        6.67e-3,
+        True,
+        "Trainer.fit with its default optimiser (sign descent in a schedule-free wrapper, momentum 0.95, constant learning "
+        "rate), on a stand-in model whose one layer gives the residuals: SparseCoder with its own random start, b_dec at the "
+        "mean of the first batch, decoder rows set to norm 1 before and the gradient along them removed after each pass; "
+        "no AuxK, which is its default",
+        partial(sparsify, "signum"),
+    ),
+    "sparsify_adam": Recipe(
+        "sparsify",
+        ", Adam",
+        (2e-3, 4e-3, 8e-3, 1.2e-2),
+        2.67e-4,
+        True,
+        "the same with optimizer='adam': torch's Adam, linear decay over the whole run after a warm-up of 5 % of the steps "
+        "(its default of 1000 steps would not end in so short a run)",
+        partial(sparsify, "adam"),
+    ),
+    "sae_lens": Recipe(
+        "sae_lens",
+        "",
+        (1.5e-3, 3e-3, 6e-3),
+        3e-4,
+        True,
+        "SAETrainer.fit with TopKTrainingSAE and their defaults (tied start with decoder rows of norm 0.1, activations rescaled "
+        "by decoder norms, Adam, gradient norm clipped at 1, AuxK for features that have not fired for 1000 steps) but "
+        "for normalize_activations='expected_average_only_in' and a decay over the last 20 % of the steps, both as in "
+        "its tutorials",
+        sae_lens,
+    ),
 }

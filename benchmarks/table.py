@@ -32,7 +32,8 @@ def tables(name: str, results: Path) -> str:
     if name == "summary":
         return summary(*(read(results, needed) for needed in ("encode", "training", "layers")))
     found = read(results, name)
-    return {"encode": encode, "training": training, "layers": layers, "load": load}[found["benchmark"]](found)
+    made = {"encode": encode, "training": training, "quality": quality, "layers": layers, "load": load}
+    return made[found["benchmark"]](found)
 
 
 def read(results: Path, name: str) -> Found:
@@ -86,6 +87,41 @@ def training(found: Found) -> str:
         f"{absent(found)}"
     )
     return f"{about}\n\n{table(head, rows)}\n\nWhat a step includes:\n\n{steps}\n"
+
+
+def quality(found: Found) -> str:
+    labels = {name: of["label"] for name, of in found["contenders"].items()}
+    parameters, speed_of = found["parameters"], found["speed"]
+    head = ["trainer", "learning rate", "FVU", "never fired", "not lately", "tokens per second", "qwen_scope is faster"]
+    rows = [
+        [
+            labels[r["contender"]],
+            f"{r['learning_rate']:g}",
+            *figures(r),
+            f"{speed_of['tokens_per_second'][r['contender']]:.0f}",
+            "–" if r["contender"] == OURS else speed(speed_of, r["contender"]),
+        ]
+        for r in found["results"]
+    ]
+    tried = [[labels[r["contender"]], f"{r['learning_rate']:g}", *figures(r)] for r in found["sweep"]]
+    about = (
+        f"{sizes(parameters['sizes'])}, layer {parameters['data']['layer']}, {millions(parameters, 'steps')} training tokens "
+        f"in batches of {parameters['batch']}, {conditions(found)} Speeds are medians of {speed_of['rounds']} rounds, in "
+        f"brackets the quartiles.{absent(found)}"
+    )
+    trainings = "\n".join(f"- {of['label']}: {of['training']}." for of in found["contenders"].values())
+    return (
+        f"{about}\n\n{table(head, rows)}\n\nThe learning rates tried, with {millions(parameters, 'sweep_steps')} tokens:\n\n"
+        f"{table(head[:5], tried)}\n\nHow each trains:\n\n{trainings}\n"
+    )
+
+
+def figures(r: Found) -> list[str]:
+    return [f"{r['fvu']:.4f}", f"{r['never_fired']:.1%}", f"{r['unfired_lately']:.1%}"]
+
+
+def millions(parameters: Found, steps: str) -> str:
+    return f"{parameters[steps] * parameters['batch'] / 1e6:.1f} M"
 
 
 def layers(found: Found) -> str:

@@ -19,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 COMMITTED = BENCHMARKS / "results"
 ALWAYS_COMMITTED = {"encode", "encode-1-thread", "training", "layers", "load"}
 MARKED = {"README.md": {"summary"}, "docs/performance.md": ALWAYS_COMMITTED | {"encode-large"}}
-SCRIPTS = ["encode", "training", "layers", "load"]
+SCRIPTS = ["encode", "training", "quality", "layers", "load"]
 WAYS = {"card", "qwen_scope", "qwen_scope_prepared"}
 
 
@@ -52,9 +52,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check_structure(found: dict[str, Any]) -> None:
     assert {"cpu", "cores", "threads", "memory_gib", "torch", "python", "date"} <= set(found["machine"])
-    {"encode": check_encode, "training": check_training, "layers": check_layers, "load": check_load}[
-        found["benchmark"]
-    ](found)
+    checks = {
+        "encode": check_encode,
+        "training": check_training,
+        "quality": check_quality,
+        "layers": check_layers,
+        "load": check_load,
+    }
+    checks[found["benchmark"]](found)
 
 
 def check_timed(result: dict[str, Any], names: set[str], min_rounds: int) -> None:
@@ -96,6 +101,27 @@ def check_training(found: dict[str, Any]) -> None:
         assert result["kernel"] in get_args(Kernel)
         assert result["kept_beside_weights_mib"] >= 0
         assert result["first_fvu_difference"] <= 1e-4
+
+
+def check_quality(found: dict[str, Any]) -> None:
+    contenders, parameters = found["contenders"], found["parameters"]
+    packages = {name.split("_")[0] for name in contenders}
+    assert "qwen" in packages
+    assert len(packages) + len(found["not_installed"]) == 3
+    tried = [(name, rate) for name, of in contenders.items() for rate in of["rates"][: parameters["rates"]]]
+    assert [(r["contender"], r["learning_rate"]) for r in found["sweep"]] == tried
+    assert [r["contender"] for r in found["results"]] == list(contenders)
+    for result in found["results"]:
+        swept = [r for r in found["sweep"] if r["contender"] == result["contender"]]
+        assert result["learning_rate"] == min(swept, key=lambda r: r["fvu"])["learning_rate"]
+        assert result["steps"] == parameters["steps"]
+    for result in [*found["sweep"], *found["results"]]:
+        assert 0 < result["fvu"] < 1
+        assert 0 <= result["never_fired"] <= 1
+        assert 0 <= result["unfired_lately"] <= 1
+    assert set(found["speed"]["tokens_per_second"]) == set(contenders)
+    assert set(found["speed"]["times_as_fast"]) == set(contenders) - {"qwen_scope"}
+    assert min(found["speed"]["tokens_per_second"].values()) > 0
 
 
 def check_layers(found: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ def test_steps_equal_dense_autograd_and_adam(x, scale, kernel):
     trainer.weights.W_enc[6:] *= scale
     parameters = [p.clone().requires_grad_() for p in trainer.parameters]
     decoder = parameters[2]
-    optimizer = torch.optim.Adam(parameters)
+    optimizer = torch.optim.Adam(parameters, betas=(trainer.config.beta1, 0.999))
     last_fired, clipped, had_dead = torch.zeros(48, dtype=torch.long), [], []
     for number in range(8):
         rows = x[100 * number : 100 * number + 100]
@@ -386,7 +386,7 @@ def test_the_parallel_gradient_can_be_left_in(x, monkeypatch, compiled):
     weights = [p.clone().requires_grad_() for p in trainer.parameters]
     dense_loss(trainer, weights, trainer.normalise(x[:100]), torch.zeros(48), 100).backward()
     trainer.step(x[:100])
-    expected = 0.1 * weights[2].grad
+    expected = (1 - trainer.config.beta1) * weights[2].grad
     torch.testing.assert_close(trainer.optimisers[2].mean, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert (expected * weights[2]).sum(1).abs().max() > 1e-3 * expected.norm(dim=1).max()
     torch.testing.assert_close(trainer.weights.decoder.norm(dim=1), torch.ones(48))
@@ -402,7 +402,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(x):
     def moments(clip_norm: float) -> Tensor:
         trainer = SAETrainer(replace(CONFIG, clip_norm=clip_norm), x, steps=20)
         trainer.step(x[:100])
-        return torch.cat([adam.mean.flatten() for adam in trainer.optimisers]) / 0.1
+        return torch.cat([adam.mean.flatten() for adam in trainer.optimisers]) / (1 - trainer.config.beta1)
 
     whole = moments(0.0)
     assert whole.norm() > 0.02

@@ -22,6 +22,8 @@ class TrainConfig:
     """Tokens in one step, over all processes together."""
     learning_rate: float = 2e-3
     """Peak learning rate of Adam, for a dictionary of 16384 features; it is scaled by 1 / sqrt(d_sae / 16384)."""
+    beta1: float = 0.5
+    """How much of Adam's running mean of the gradient each step keeps. Less than the usual 0.9 fits better in short runs."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises from 0."""
     decay: float = 0.3
@@ -63,6 +65,8 @@ class TrainConfig:
                 raise QwenScopeError(
                     f"expected {name} of at least 0, found {getattr(self, name)}; choose 0 to leave it out"
                 )
+        if not 0 <= self.beta1 < 1:
+            raise QwenScopeError(f"expected beta1 from 0 to below 1, found {self.beta1}; choose one such as 0.9")
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise QwenScopeError(

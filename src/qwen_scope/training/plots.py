@@ -34,14 +34,15 @@ def draw(folder: Path, check: CheckReport, history: Sequence[Mapping[str, Any]])
 
 
 def _save(path: Path, inches: tuple[float, float], fill: Callable[[Any], None]) -> None:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Not pyplot, which keeps every figure of the process.
-    figure = Figure(figsize=inches, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    fill(figure)
-    with replacing(path) as temporary:
+    # Not pyplot, which keeps every figure of the process; and no LaTeX, which a user's settings may ask for.
+    with rc_context({"text.usetex": False}), replacing(path) as temporary:
+        figure = Figure(figsize=inches, dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        fill(figure)
         figure.savefig(temporary, format="png")
 
 

@@ -126,7 +126,8 @@ def _said(value: Any) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown and HTML show as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", " ".join(str(text).split()))
+    shown = "".join(character if character.isprintable() else " " for character in str(text))
+    return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", " ".join(shown.split()))
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def _provenance(plan: Plan, layers: list[int]) -> dict[str, Any]:
 
 def _report(suite: Suite, plan: Plan, folder: Path, work: Path) -> None:
     found = check(plan.backbone, suite, plan.pieces.texts([int(n) for n in plan.held_out]), suite.layers)
+    # The bundled model lies in a folder that means nothing to others.
+    found = replace(found, model=plan.model)
     history = [row for path in sorted(work.parent.glob("*/metrics-*.jsonl")) for row in rows_of(path)]
     config = plan.config
     about = {

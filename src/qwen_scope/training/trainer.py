@@ -6,6 +6,7 @@ gradient and takes its step at once.
 
 import dataclasses
 import math
+from functools import partial
 from typing import get_args
 
 import torch
@@ -153,11 +154,12 @@ class SAETrainer:
         self.objective = objective
         self.normalise = normalise
         self.weights = weights
+        adam = partial(AdamRows, betas=(config.beta1, 0.999))
         self.optimisers = (
-            AdamRows(weights.W_enc),
-            AdamRows(weights.b_enc[:, None]),
-            AdamRows(weights.decoder, unit_norm=config.unit_norm, keep_parallel=not config.remove_parallel_gradient),
-            AdamRows(weights.b_dec[None]),
+            adam(weights.W_enc),
+            adam(weights.b_enc[:, None]),
+            adam(weights.decoder, unit_norm=config.unit_norm, keep_parallel=not config.remove_parallel_gradient),
+            adam(weights.b_dec[None]),
         )
         self.encoder = kernels.Encoder(kernel or kernels.choose(weights.W_enc, weights.b_enc, config.k).kernel)
         self.steps_done = 0
