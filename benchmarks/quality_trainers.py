@@ -230,7 +230,7 @@ RECIPES = {
     "sparsify_adam": Recipe(
         "sparsify",
         ", Adam",
-        (2e-3, 4e-3, 8e-3, 1.2e-2),
+        (4e-3, 8e-3, 1.2e-2),
         2.67e-4,
         True,
         "the same with optimizer='adam': torch's Adam, linear decay over the whole run after a warm-up of 5 % of the steps "
@@ -240,7 +240,7 @@ RECIPES = {
     "sae_lens": Recipe(
         "sae_lens",
         "",
-        (1.5e-3, 3e-3, 6e-3),
+        (1.5e-3, 3e-3),
         3e-4,
         True,
         "SAETrainer.fit with TopKTrainingSAE and their defaults (tied start with decoder rows of norm 0.1, activations rescaled "

@@ -2,7 +2,7 @@
 
 `python benchmarks/table.py` writes them into README.md and docs/performance.md, and prints them; with `--check` it
 writes nothing and exits 1 with one sentence if a table is stale. NAME is that of a file in results/, or `summary`, which
-needs three.
+needs three, or `quality-summary`, the figures without how they came about.
 """
 
 import argparse
@@ -31,6 +31,8 @@ def with_tables(text: str, results: Path) -> str:
 def tables(name: str, results: Path) -> str:
     if name == "summary":
         return summary(*(read(results, needed) for needed in ("encode", "training", "layers")))
+    if name == "quality-summary":
+        return quality_summary(read(results, "quality"))
     found = read(results, name)
     made = {"encode": encode, "training": training, "quality": quality, "layers": layers, "load": load}
     return made[found["benchmark"]](found)
@@ -91,29 +93,36 @@ def training(found: Found) -> str:
 
 def quality(found: Found) -> str:
     labels = {name: of["label"] for name, of in found["contenders"].items()}
-    parameters, speed_of = found["parameters"], found["speed"]
-    head = ["trainer", "learning rate", "FVU", "never fired", "not lately", "tokens per second", "qwen_scope is faster"]
+    tried = [[labels[r["contender"]], f"{r['learning_rate']:g}", *figures(r)] for r in found["sweep"]]
+    trainings = "\n".join(f"- {of['label']}: {of['training']}." for of in found["contenders"].values())
+    return (
+        f"{quality_summary(found)}\nThe learning rates tried, with {millions(found['parameters'], 'sweep_steps')} tokens:\n\n"
+        f"{table(['trainer', 'learning rate', *FIGURES], tried)}\n\nHow each trains:\n\n{trainings}\n"
+    )
+
+
+def quality_summary(found: Found) -> str:
+    parameters, speeds = found["parameters"], found["speed"]
     rows = [
         [
-            labels[r["contender"]],
+            found["contenders"][r["contender"]]["label"],
             f"{r['learning_rate']:g}",
             *figures(r),
-            f"{speed_of['tokens_per_second'][r['contender']]:.0f}",
-            "–" if r["contender"] == OURS else speed(speed_of, r["contender"]),
+            f"{speeds['tokens_per_second'][r['contender']]:.0f}",
+            "–" if r["contender"] == OURS else speed(speeds, r["contender"]),
         ]
         for r in found["results"]
     ]
-    tried = [[labels[r["contender"]], f"{r['learning_rate']:g}", *figures(r)] for r in found["sweep"]]
     about = (
         f"{sizes(parameters['sizes'])}, layer {parameters['data']['layer']}, {millions(parameters, 'steps')} training tokens "
-        f"in batches of {parameters['batch']}, {conditions(found)} Speeds are medians of {speed_of['rounds']} rounds, in "
+        f"in batches of {parameters['batch']}, {conditions(found)} Speeds are medians of {speeds['rounds']} rounds, in "
         f"brackets the quartiles.{absent(found)}"
     )
-    trainings = "\n".join(f"- {of['label']}: {of['training']}." for of in found["contenders"].values())
-    return (
-        f"{about}\n\n{table(head, rows)}\n\nThe learning rates tried, with {millions(parameters, 'sweep_steps')} tokens:\n\n"
-        f"{table(head[:5], tried)}\n\nHow each trains:\n\n{trainings}\n"
-    )
+    head = ["trainer", "learning rate", *FIGURES, "tokens per second", "qwen_scope is faster"]
+    return f"{about}\n\n{table(head, rows)}\n"
+
+
+FIGURES = ("FVU", "never fired", "not lately")
 
 
 def figures(r: Found) -> list[str]:

@@ -225,7 +225,7 @@ def test_table_is_fresh(name):
 
 def test_stale_table_is_one_sentence_and_exit_1(quick, tmp_path):
     page = tmp_path / "page.md"
-    marks = ["summary", *SCRIPTS]
+    marks = ["summary", "quality-summary", *SCRIPTS]
     blocks = "\n\n".join(f"<!-- benchmark:{mark} -->\nold\n<!-- /benchmark -->" for mark in marks)
     page.write_text(f"before\n\n{blocks}\n\nafter\n", encoding="utf-8")
     arguments = ("--results", quick, page)

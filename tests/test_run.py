@@ -19,7 +19,7 @@ from qwen_scope import QwenScopeError, Scope, Suite
 from qwen_scope.backbone import Backbone
 from qwen_scope.training import RunConfig, TrainConfig, train
 from qwen_scope.training.group import Group
-from qwen_scope.training.plan import Plan, agree_with_before
+from qwen_scope.training.plan import Plan, write_options
 from qwen_scope.training.run import Run
 from qwen_scope.training.stopping import Stop, Stopped
 from qwen_scope.training.tracking import History, Tracker, rows_of
@@ -138,7 +138,7 @@ def test_a_run_goes_on_from_a_suite(undisturbed, corpus, config, tmp_path):
     after = Scope(scope.backbone, adapted).check(texts, layers=2).layers[0].fidelity.fvu
     assert after < 0.8 * before
     wider = replace(gentle, start=str(undisturbed), recipe=replace(RECIPE, d_sae=96))
-    with pytest.raises(QwenScopeError, match="expected an SAE of d_sae = 96"):
+    with pytest.raises(QwenScopeError, match="expected SAEs of d_sae = 96"):
         train(other, tmp_path / "wrong", wider)
 
 
@@ -162,7 +162,6 @@ class StopAfter(Stop):
 @pytest.mark.parametrize("every", [1, 3, 7, 25])
 def test_a_run_stopped_again_and_again_ends_the_same(undisturbed, corpus, config, tmp_path, every):
     def plan() -> Plan:
-        agree_with_before(tmp_path, str(corpus), config, Group())
         return Plan.of(str(corpus), tmp_path, config, Group())
 
     def ended(run: Run) -> bool:
@@ -272,10 +271,40 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_last_checkpoint(undisturbed, co
 # What is refused
 
 
+def test_a_folder_of_another_suite_is_refused_before_training(undisturbed, corpus, config):
+    with pytest.raises(QwenScopeError, match="to be empty or to hold the same suite, found one with"):
+        train(corpus, undisturbed, replace(config, layers=(1,), recipe=replace(RECIPE, k=5)))
+
+
+def test_what_was_refused_can_be_mended(corpus, config, tmp_path):
+    """Neither options nor a corpus that were refused are remembered."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Rome is not Spain " * 20)
+    wanted = replace(config, layers=(0,), tokens=2000, held_out=100)
+    with pytest.raises(QwenScopeError, match="add text"):
+        train(texts, tmp_path / "out", replace(wanted, context=16))
+    texts.write_text("Rome is not Spain and Paris is the capital of France " * 200)
+    assert train(texts, tmp_path / "out", wanted).layers == [0]
+    # Asked for few tokens, it holds out a tenth of them and not all that it may.
+    assert Suite.from_pretrained(tmp_path / "out").provenance["layer0"]["tokens"] < 2300
+
+
+def test_a_damaged_note_of_options(corpus, config, tmp_path):
+    (tmp_path / "training" / "layers-0_2").mkdir(parents=True)
+    (tmp_path / "training" / "layers-0_2" / "run.json").write_text("{")
+    with pytest.raises(QwenScopeError, match="expected JSON in"):
+        train(corpus, tmp_path, config)
+
+
+def test_blocks_that_do_not_fit_into_memory(corpus, config, tmp_path):
+    with pytest.raises(QwenScopeError, match="lower --buffer-tokens or train fewer layers"):
+        train(corpus, tmp_path, replace(config, buffer_tokens=10**12))
+
+
 def test_other_options_and_finished_runs(undisturbed, corpus, config, tmp_path):
     with pytest.raises(QwenScopeError, match="found one that has ended"):
         train(corpus, undisturbed, config)
-    agree_with_before(tmp_path / "training" / "layers-0_2", str(corpus), config, Group())
+    write_options(tmp_path / "training" / "layers-0_2", {"corpus": str(corpus), **config.to_dict()})
     changed = replace(config, context=16, save_minutes=1.0, recipe=replace(RECIPE, learning_rate=2e-3))
     with pytest.raises(
         QwenScopeError, match=r"context was 32 and is 16; learning_rate was 0.001 and is 0.002; give the"
@@ -372,6 +401,25 @@ def test_trackers_that_are_not_installed_or_do_not_start(tmp_path, monkeypatch):
     nothing = Tracker("none", "name", {})
     nothing.log({"fvu": 1.0})
     nothing.finish()
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    (tmp_path / "trackio.py").write_text(
+        "told = []\n"
+        "def init(**given): told.append(given)\n"
+        "def log(figures):\n    told.append(figures)\n    1 / figures['fvu']\n"
+        "def finish(): told.append('finished')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    tracker = Tracker("trackio", "a run", {"k": 4})
+    tracker.log({"fvu": 0.5})
+    with pytest.warns(UserWarning, match="trackio takes no more figures: float division by zero"):
+        tracker.log({"fvu": 0.0})
+    tracker.log({"fvu": 0.25})
+    tracker.finish()
+    told = sys.modules.pop("trackio").told
+    assert told == [{"project": "qwen-scope", "name": "a run", "config": {"k": 4}}, {"fvu": 0.5}, {"fvu": 0.0}]
 
 
 def test_no_signal_handler_is_left_behind(corpus, config, tmp_path):

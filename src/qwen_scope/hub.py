@@ -53,7 +53,9 @@ def download(repo_id: str, filename: str, revision: str | None = None, cache_dir
         return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir))
 
 
-def upload(folder: Path, repo_id: str, private: bool | None, commit_message: str, leave_out: str | None = None) -> None:
+def upload(
+    folder: Path, repo_id: str, private: bool | None, commit_message: str, leave_out: list[str] | None = None
+) -> None:
     """Uploads a folder, but for files that match `leave_out`, in one commit to a model repository; makes it if need be.
 
     Raises:

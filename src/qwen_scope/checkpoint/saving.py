@@ -30,17 +30,21 @@ def save_own(folder: Path, format: str, config: SuiteConfig, layers: Iterable[tu
         raise QwenScopeError(
             f"expected no other file for these layers in {folder}, found {', '.join(twice[:3])}; choose another folder"
         )
-    _joined(folder, config)
+    joined(folder, config)
     for layer, weights in layers:
         write(folder / f"layer{layer}{ending}", weights)
     # Read again: another process may have added its layers meanwhile.
-    config = _joined(folder, config)
+    config = joined(folder, config)
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(config.to_json(), encoding="utf-8")
 
 
-def _joined(folder: Path, config: SuiteConfig) -> SuiteConfig:
-    """The config with the layers that are already in the folder, which must be of the same suite."""
+def joined(folder: Path, config: SuiteConfig) -> SuiteConfig:
+    """The config with the layers that are already in the folder.
+
+    Raises:
+        QwenScopeError: the folder holds another suite.
+    """
     path = folder / "config.json"
     if not path.exists():
         return config

@@ -6,7 +6,6 @@ Everything follows from the seed and a number: the n-th visit is the same whenev
 finds its place again without any saved state of random numbers.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwen_scope.backbone import Backbone
+from qwen_scope.checkpoint.weights import read_json, write_json
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import read_safetensors, replacing, write_safetensors
+from qwen_scope.files import read_safetensors, write_safetensors
 from qwen_scope.outliers import norm_outliers
 from qwen_scope.reading import BATCH_TOKENS, batches
 from qwen_scope.training.pieces import Pieces
@@ -39,7 +39,7 @@ class Blocks:
         pieces: all pieces.
         chosen: numbers of those to read.
         seed: of the order of pieces and of blocks.
-        buffer_tokens: a block ends with the piece that brings it to at least this many residuals.
+        buffer_tokens: the n-th block ends with the piece that brings all so far to at least n times this many residuals.
     """
 
     pieces: Pieces
@@ -159,9 +159,8 @@ class BlockCache:
         self.folder = folder
         path = folder / "about.json"
         if not path.exists():
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        found = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, about)
+        found = read_json(path)
         different = [
             f"{name} {found.get(name)!r} and not {value!r}" for name, value in about.items() if found.get(name) != value
         ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from qwen_scope.checkpoint.weights import write_json
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import read_safetensors, write_safetensors
 
@@ -36,8 +37,8 @@ class Checkpoints:
         Raises:
             QwenScopeError: a folder that cannot be written; the last checkpoint is still there then.
         """
-        before = self.newest()
-        number = 0 if before is None else _number(before) + 1
+        before = list(self.folder.glob("checkpoint-*"))
+        number = max(map(_number, before), default=-1) + 1
         made = self.folder / f".checkpoint-{number:06d}"
         try:
             if group.rank == 0:
@@ -48,19 +49,19 @@ class Checkpoints:
                 write_safetensors(made / f"{name}.safetensors", values, {})
             group.wait()
             if group.rank == 0:
-                (made / "state.json").write_text(json.dumps(state), encoding="utf-8")
+                write_json(made / "state.json", state)
                 made.rename(self.folder / f"checkpoint-{number:06d}")
-                if before is not None:
-                    shutil.rmtree(before, ignore_errors=True)
+                for path in before:
+                    shutil.rmtree(path, ignore_errors=True)
             group.wait()
-        except OSError as error:
+        except (OSError, QwenScopeError) as error:
+            shutil.rmtree(made, ignore_errors=True)
+            if isinstance(error, QwenScopeError):
+                raise
             raise QwenScopeError(
                 f"expected to save progress in {self.folder}, found that it cannot be done ({error.strerror or error}); free "
                 "some space and run the same command again"
             ) from error
-        except QwenScopeError:
-            shutil.rmtree(made, ignore_errors=True)
-            raise
 
     def load_state(self) -> dict[str, Any] | None:
         """`state` of the newest checkpoint, None if there is none.

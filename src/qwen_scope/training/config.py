@@ -57,6 +57,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.d_sae:
             raise QwenScopeError(f"expected k from 1 to d_sae = {self.d_sae}, found {self.k}; choose a smaller k")
+        if self.seed < 0:
+            raise QwenScopeError(f"expected a seed from 0, found {self.seed}; choose another")
         for name in ("batch", "learning_rate", "dead_after"):
             if not getattr(self, name) > 0:
                 raise QwenScopeError(f"expected {name} above 0, found {getattr(self, name)}; choose a larger one")

@@ -5,6 +5,7 @@ Two variations: BatchTopK (Bussmann et al. 2024, arXiv:2412.06410) keeps the str
 Matryoshka (Bussmann et al. 2025, arXiv:2503.17547) takes the mean of the FVUs of nested prefixes of the dictionary.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from qwen_scope.training.config import TrainConfig
 from qwen_scope.training.group import Group, Ranks
 from qwen_scope.training.weights import Weights
 
+MANY_DEAD = 256
+"""From so many dead features on, AuxK's products are large enough for torch's threads, which spin for a while after."""
 CANDIDATES = 4
 """BatchTopK looks for the batch's strongest activations among this many times k of each token."""
 
@@ -93,7 +96,7 @@ class Objective:
         b_enc = sum_per_feature(of.indices, of_values, d_sae)
         extra_W_enc = extra_decoder = None
         if self.config.aux_coefficient and self._over_features(len(dead), x):
-            with torch_together():
+            with torch_together() if len(dead) >= MANY_DEAD else nullcontext():
                 of_rows, of_biases, of_directions = self._aux_gradients(x, -of.errors[-1], weights, dead)
             b_enc.index_add_(0, dead, of_biases)
             extra_W_enc, extra_decoder = (dead, of_rows), (dead, of_directions)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ PORTION = 2**18
 SHORTEST_REST = 16
 """What is left of a document after its full pieces is dropped below this many tokens: it has next to no context."""
 AT_ONCE = 256
-"""Texts handed to the tokenizer together, which it spreads over threads."""
+"""Most texts handed to the tokenizer together, which it spreads over threads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Pieces:
         """Numbers of the pieces to train on and of those kept back, about `held_out` tokens of whole documents.
 
         Documents are drawn at random; where the last one drawn is longer than needed, its end is kept back alone.
-        Never more than a tenth of all tokens is kept back.
+        No more than a tenth of all tokens is kept back, but for what makes the last piece whole.
         """
         wanted = min(held_out, int(self.starts[-1]) // 10)
         lengths = np.diff(self.starts)
@@ -165,11 +165,22 @@ def _write(folder: Path, documents: Any, tokenizer: Any, context: int, tokens: i
 def _pieces(documents: Any, tokenizer: Any, context: int) -> Iterator[tuple[int, list[int]]]:
     """Number of the document and token ids of each piece."""
     for from_template, portions in groupby(_portions(documents, tokenizer), key=lambda portion: portion[2]):
-        while some := list(islice(portions, AT_ONCE)):
+        while some := _some(portions):
             encoded = tokenizer([text for _, text, _ in some], add_special_tokens=not from_template, verbose=False)
             for (number, _, _), ids in zip(some, encoded["input_ids"], strict=True):
                 for piece in _cut(ids, tokenizer.bos_token_id, context):
                     yield number, piece
+
+
+def _some(portions: Iterator[tuple[int, str, bool]]) -> list[tuple[int, str, bool]]:
+    """The next portions, as many as make it worthwhile to start the tokenizer."""
+    taken, size = [], 0
+    for portion in portions:
+        taken.append(portion)
+        size += len(portion[1])
+        if len(taken) == AT_ONCE or size >= 4 * PORTION:
+            break
+    return taken
 
 
 def _cut(ids: list[int], bos: int | None, context: int) -> Iterator[list[int]]:

@@ -1,6 +1,8 @@
 """What a run will do, known before its first step: the model, the tokenized corpus, its blocks, the steps, who does what."""
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,15 @@ from jaxtyping import Int
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.bundled import MODEL_NAME
+from qwen_scope.checkpoint import SuiteConfig
+from qwen_scope.checkpoint.saving import joined
+from qwen_scope.checkpoint.weights import read_json
 from qwen_scope.corpus import documents
 from qwen_scope.devices import as_device
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import replacing
+from qwen_scope.sae import Activation
+from qwen_scope.suite import Suite
 from qwen_scope.training.blocks import Blocks
 from qwen_scope.training.group import Group
 from qwen_scope.training.pieces import Pieces
@@ -62,8 +69,11 @@ class Plan:
         return {"model": self.model, "corpus": self.pieces.fingerprint(), "seed": config.recipe.seed, **about}
 
     @staticmethod
-    def of(corpus: str, work: Path, config: RunConfig, group: Group) -> "Plan":
+    def of(corpus: str, work: Path, config: RunConfig, group: Group, folder: Path | None = None) -> "Plan":
         """Loads the model and tokenizes the corpus into `work/corpus` unless it is there.
+
+        Args:
+            folder: where the suite will go.
 
         Raises:
             QwenScopeError: a model or corpus that cannot be read, too little text, more processes than layers.
@@ -73,6 +83,8 @@ class Plan:
         for layer in config.layers:
             backbone.check_layer(layer)
         _check_context(config, backbone)
+        _check_memory(config, backbone)
+        activation = _check_start(config, backbone)
         pieces = _pieces(corpus, work / "corpus", config, backbone, group)
         _check_pieces(pieces, corpus, config, backbone)
         train_pieces, held_out = pieces.split(config.held_out, config.recipe.seed)
@@ -84,32 +96,34 @@ class Plan:
                 f"and {len(held_out)} pieces; give more text or a smaller batch"
             )
         blocks = Blocks(pieces, train_pieces, config.recipe.seed, config.buffer_tokens)
-        return Plan(corpus, config, backbone, pieces, train_pieces, held_out, blocks, steps, owners)
+        plan = Plan(corpus, config, backbone, pieces, train_pieces, held_out, blocks, steps, owners)
+        if folder is not None:
+            # That the suite cannot go there should not be found out when all is trained.
+            widths = dict.fromkeys(config.layers, config.recipe.d_sae)
+            joined(folder, SuiteConfig(plan.name, plan.model, config.recipe.k, activation, backbone.d_model, widths))
+        return plan
 
 
-def agree_with_before(work: Path, corpus: str, config: RunConfig, group: Group) -> None:
-    """Notes a run's options in `work/run.json`, which a resumed run must share.
+def agree_with_before(work: Path, options: Mapping[str, Any]) -> None:
+    """Looks whether a run with these options can go on in a folder, which `write_options` may have been at before.
 
     Raises:
         QwenScopeError: the folder holds a run with other options, or one that has ended.
     """
     path = work / "run.json"
-    now = {"corpus": corpus, "processes": group.size, **config.to_dict()}
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if different := differences(before, now):
-            raise QwenScopeError(
-                f"expected the options of the run that was begun in {work}, found that {'; '.join(different)}; give the same "
-                "options, or delete that folder to begin anew"
-            )
-        if before.get("finished"):
-            raise QwenScopeError(
-                f"expected a run to go on with in {work}, found one that has ended; choose another folder, or delete this one "
-                "to train again"
-            )
-    group.wait()
-    if group.rank == 0:
-        write_options(work, now)
+    if not path.exists():
+        return
+    before = read_json(path)
+    if different := differences(before, dict(options)):
+        raise QwenScopeError(
+            f"expected the options of the run that was begun in {work}, found that {'; '.join(different)}; give the same "
+            "options, or delete that folder to begin anew"
+        )
+    if before.get("finished"):
+        raise QwenScopeError(
+            f"expected a run to go on with in {work}, found one that has ended; choose another folder, or delete this one "
+            "to train again"
+        )
 
 
 def write_options(work: Path, value: Mapping[str, Any]) -> None:
@@ -145,13 +159,42 @@ def _check_context(config: RunConfig, backbone: Backbone) -> None:
         )
 
 
+def _check_memory(config: RunConfig, backbone: Backbone) -> None:
+    needed = config.buffer_tokens * backbone.d_model * backbone.model.dtype.itemsize * len(config.layers)
+    if hasattr(os, "sysconf") and needed > (there := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) * 0.8:
+        raise QwenScopeError(
+            f"expected blocks of residuals that fit into {there / 2**30:.0f} GiB of memory, found that they take "
+            f"{needed / 2**30:.0f} GiB; lower --buffer-tokens or train fewer layers at once"
+        )
+
+
+def _check_start(config: RunConfig, backbone: Backbone) -> Activation:
+    """The activation that the SAEs will have: that of those they begin from, if any."""
+    if config.start is None:
+        return "topk_relu"
+    suite = Suite.from_pretrained(config.start, layers=config.layers)
+    sae, recipe = suite[min(config.layers)], config.recipe
+    expected, found = (recipe.d_sae, recipe.k, backbone.d_model), (sae.d_sae, sae.k, sae.d_model)
+    if expected != found:
+        raise QwenScopeError(
+            f"expected SAEs of d_sae = {expected[0]}, k = {expected[1]} and d_model = {expected[2]} in {config.start} to begin "
+            f"from, found {found[0]}, {found[1]} and {found[2]}; give --d-sae and --k as they are there, and their model"
+        )
+    return suite.activation
+
+
 def _pieces(corpus: str, folder: Path, config: RunConfig, backbone: Backbone, group: Group) -> Pieces:
     """The tokenized corpus, made by the first process."""
+    if group.rank == 0 and not (folder.parent / "run.json").exists():
+        # What a run left that was refused: the corpus may have been mended since.
+        for left in (folder, *folder.parent.glob(".tokens-*")):
+            shutil.rmtree(left, ignore_errors=True)
     if group.rank == 0 and not (folder / "about.json").exists():
         if backbone.tokenizer is None:
             raise QwenScopeError(f"expected a tokenizer beside {backbone.name}, found none; add its files")
         found = documents(corpus, column=config.column, split=config.split, config=config.subset)
-        wanted = None if config.tokens is None else config.tokens + config.held_out
+        # Never more than a tenth is held out.
+        wanted = None if config.tokens is None else min(config.tokens + config.held_out, -(-10 * config.tokens // 9))
         Pieces.write(folder, found, backbone.tokenizer, context=config.context, tokens=wanted)
     group.wait()
     return Pieces.open(folder)

@@ -40,10 +40,10 @@ def finish(plan: Plan, trainers: Mapping[int, SAETrainer], folder: Path, work: P
     suite = Suite.from_pretrained(folder, device=plan.backbone.device)
     if group.rank == 0:
         _report(suite, plan, folder, work)
+        if plan.config.push_to_hub is not None:
+            hub.upload(folder, plan.config.push_to_hub, None, "Upload SAEs with qwen-scope", ["training/*", ".*"])
         write_options(work, read_json(work / "run.json") | {"finished": True})
         Checkpoints(work).clear()
-        if plan.config.push_to_hub is not None:
-            hub.upload(folder, plan.config.push_to_hub, None, "Upload SAEs with qwen-scope", "training/*")
     group.wait()
     return suite
 

@@ -18,7 +18,7 @@ from qwen_scope.training.blocks import BlockCache, Residuals, read_block
 from qwen_scope.training.checkpoints import Checkpoints
 from qwen_scope.training.group import Group
 from qwen_scope.training.layer_run import LayerRun
-from qwen_scope.training.plan import Plan, agree_with_before
+from qwen_scope.training.plan import Plan, agree_with_before, write_options
 from qwen_scope.training.results import finish
 from qwen_scope.training.run_config import RunConfig
 from qwen_scope.training.stopping import Stop, Stopped, stopping
@@ -47,8 +47,11 @@ def train(corpus: str | Path, folder: str | Path, config: RunConfig) -> Suite:
     folder = Path(folder).expanduser()
     work = folder / "training" / f"layers-{ranges(sorted(config.layers)).replace(', ', '_')}"
     with Group.joined() as group:
-        agree_with_before(work, str(corpus), config, group)
-        plan = Plan.of(str(corpus), work, config, group)
+        options = {"corpus": str(corpus), "processes": group.size, **config.to_dict()}
+        agree_with_before(work, options)
+        plan = Plan.of(str(corpus), work, config, group, folder)
+        if group.rank == 0:
+            write_options(work, options)
         with stopping() as stop:
             run = Run(plan, work, group, stop)
             run.train()
@@ -88,7 +91,9 @@ class Run:
         """
         self._restore()
         steps = {layer: run.steps_done for layer, run in self.layers.items()}
-        self.history = History(self.work / f"metrics-{self.group.rank}.jsonl", steps)
+        # Processes that share all layers have the same to tell.
+        told_here = self.group.rank == 0 or not self.shared
+        self.history = History(self.work / f"metrics-{self.group.rank}.jsonl", steps) if told_here else None
         tracked = self.plan.config.track if self.group.rank == 0 else "none"
         self.tracker = Tracker(tracked, self.plan.name, self.plan.config.to_dict())
         self.started, self.steps_at_start = time.monotonic(), min(steps.values())
@@ -112,11 +117,11 @@ class Run:
         while self.group.any(not all(run.finished for run in self.layers.values())):
             # Not named here, so that two blocks are never in memory.
             self._train_on(self._block(self.plan.blocks.number(self.visit)))
+            if self.group.any(self.stop.asked):
+                self._stop()
             for run in self.layers.values():
                 run.end_visit()
             self.visit += 1
-            if self.group.any(self.stop.asked):
-                self._stop()
             if self.group.any(time.monotonic() - self.saved_at > 60 * self.plan.config.save_minutes):
                 self._save()
 
@@ -148,7 +153,9 @@ class Run:
 
         def told(tokens: int) -> None:
             bar.update(tokens * self.group.size)
-            self._stop_if_alone()
+            # Several processes finish reading, since each waits for the others' part.
+            if self.stop.asked and self.group.size == 1:
+                self._stop()
 
         with bar:
             return read_block(
@@ -171,7 +178,9 @@ class Run:
         for _ in zip_longest(*visits):
             self.bar.update(min(run.steps_done for run in self.layers.values()) * self.batch - self.bar.n)
             self._tell()
-            self._stop_if_alone()
+            # Those that share a layer must take the same steps; others leave their own at once and meet after the visit.
+            if self.group.any(self.stop.asked) if self.shared else self.stop.asked:
+                return
 
     def _shuffled(self, kept: Tensor) -> Tensor:
         return self.plan.blocks.shuffled(kept, self.visit)
@@ -196,6 +205,8 @@ class Run:
         speed /= time.monotonic() - self.started
         for layer, figures in found.items():
             steps = self.layers[layer].steps_done
+            if self.history is None:
+                continue
             self.history.add(
                 {"layer": layer, "step": steps, "tokens": steps * self.batch, **figures, "tokens_per_second": speed}
             )
@@ -209,11 +220,6 @@ class Run:
         )
 
     # Progress on disk
-
-    def _stop_if_alone(self) -> None:
-        # Several processes agree only between visits, where none waits for another in the middle of a sum.
-        if self.stop.asked and self.group.size == 1:
-            self._stop()
 
     def _stop(self) -> None:
         self._save()

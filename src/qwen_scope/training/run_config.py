@@ -89,8 +89,10 @@ class RunConfig:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between the `to_dict` of two runs so that one cannot go on as the other, as `name before, now`."""
+    # Whose features are whose depends on how many share them.
+    shared = ["processes"] if now["parallel"] == "features" else []
     names = [field.name for field in fields(RunConfig) if field.name not in ("recipe", *FREE_TO_CHANGE)]
-    pairs = [(name, before.get(name), now.get(name)) for name in ("corpus", *names)]
+    pairs = [(name, before.get(name), now.get(name)) for name in ("corpus", *shared, *names)]
     recipes = before.get("recipe", {}), now["recipe"]
     pairs += [(name, recipes[0].get(name), recipes[1][name]) for name in recipes[1]]
     return [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b]

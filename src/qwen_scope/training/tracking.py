@@ -1,6 +1,7 @@
 """Figures of a run as it goes: a line of JSON for each moment, and an experiment tracker if one is asked for."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -79,9 +80,14 @@ class Tracker:
             ) from error
 
     def log(self, figures: Mapping[str, float]) -> None:
-        """Sends some figures."""
-        if self._module is not None:
+        """Sends some figures; a tracker that fails is left alone from then on, since the run matters more."""
+        if self._module is None:
+            return
+        try:
             self._module.log(dict(figures))
+        except Exception as error:  # whatever the tracker's own code raises
+            warnings.warn(f"{self._module.__name__} takes no more figures: {reason(error)}", stacklevel=2)
+            self._module = None
 
     def finish(self) -> None:
         """Ends the run at the tracker."""
