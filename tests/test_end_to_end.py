@@ -28,7 +28,7 @@ def ids() -> Tensor:
 @pytest.fixture
 def sae(backbone, ids) -> TopKSAE:
     x = backbone.residuals(ids, layers=[LAYER])[LAYER][:, 1:].flatten(0, 1)
-    return train_sae(x, TrainConfig(d_sae=128, k=8, batch=92), epochs=20.0)
+    return train_sae(x, TrainConfig(d_sae=128, k=8, batch=92, beta1=0.9), epochs=20.0)
 
 
 def logits(backbone: Backbone, ids: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:

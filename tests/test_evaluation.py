@@ -380,7 +380,7 @@ def residuals() -> dict[int, Tensor]:
 
 @pytest.fixture(scope="session")
 def trained(residuals) -> dict[int, TopKSAE]:
-    config = TrainConfig(d_sae=256, k=K, batch=500, learning_rate=1.5e-3, dead_after=20_000)
+    config = TrainConfig(d_sae=256, k=K, batch=500, learning_rate=1.5e-3, dead_after=20_000, beta1=0.9)
     return {layer: train_sae(x[1000:], config, epochs=6.0) for layer, x in residuals.items()}
 
 

@@ -523,7 +523,9 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):
     monkeypatch.setattr(
         huggingface_hub.HfApi,
         "upload_folder",
-        lambda self, repo_id, folder_path, commit_message: calls.append((repo_id, hub.Folder(folder_path).names())),
+        lambda self, repo_id, folder_path, commit_message, ignore_patterns: calls.append(
+            (repo_id, hub.Folder(folder_path).names())
+        ),
     )
     Suite.of({4: make_sae(), 5: make_sae()}).push_to_hub("me/mine", layers=[4], private=True)
     assert calls == [("me/mine", True), ("me/mine", ["config.json", "layer4.safetensors"])]
