@@ -61,8 +61,7 @@ class Blocks:
     def number(self, visit: int) -> int:
         """Which block the n-th visit goes to: each pass over all of them has an order of its own.
 
-        Visiting a block several times in a row would spare the model, but a pass over all in between serves better: on 0.8 M
-        tokens of the bundled model, layer 15, twice, the held-out FVU is 0.140 instead of 0.144.
+        Visiting a block several times in a row would spare the model, but the SAE fits worse than after passes over all.
         """
         sweep, at = divmod(visit, len(self))
         return int(np.random.default_rng((self.seed, sweep)).permutation(len(self))[at]) if sweep else at
