@@ -2,8 +2,8 @@
 
     python scripts/bundled_suite/train.py CORPUS_DIR SUITE_DIR
 
-The layers differ in width, so each width is a run of its own; the residuals of all are read once and kept in
-CORPUS_DIR/residuals (17 GB). What was begun is gone on with.
+The layers differ in width, so each width is a run of its own. Residuals are kept in CORPUS_DIR/residuals (17 GB), so that the
+model reads them once for both passes of a run. What was begun is gone on with.
 """
 
 import argparse
