@@ -73,6 +73,46 @@ def test_other_models_are_refused(config, one_sentence):
     one_sentence(error, "decoder-only", type(model).__name__)
 
 
+# After the layers
+
+
+def test_the_final_norm_is_found(backbone, model, architecture):
+    places = {
+        "qwen3.5-vl": "model.language_model.norm",
+        "gpt2": "transformer.ln_f",
+        "gpt-neox": "gpt_neox.final_layer_norm",
+    }
+    assert backbone.final_norm is model.get_submodule(places.get(architecture, "model.norm"))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_norm_and_unembedding_make_the_logits_of_the_last_residual(backbone, model):
+    last = len(backbone.layers) - 1
+    with torch.no_grad():
+        normed = backbone.final_norm(backbone.residuals(IDS, layers=[last])[last])
+        torch.testing.assert_close(normed @ backbone.unembedding.T, logits(model))
+
+
+def test_a_model_without_a_final_norm(make_model):
+    model = make_model("llama")
+    layers, head = model.model.layers, model.lm_head
+    model.model.norm = None
+    model.model.forward = lambda input_ids, **_: SimpleNamespace(
+        last_hidden_state=layers[-1](
+            model.model.embed_tokens(input_ids),
+            position_embeddings=model.model.rotary_emb(torch.zeros(1), torch.zeros(1, 1)),
+        ),
+    )
+    assert isinstance(Backbone(model).final_norm, nn.Identity)
+    assert Backbone(model).unembedding is head.weight
+
+
+def test_a_model_without_an_unembedding(make_model, one_sentence):
+    with pytest.raises(QwenScopeError) as error:
+        _ = Backbone(make_model("llama").model).unembedding
+    one_sentence(error, "LlamaModel")
+
+
 # Reading
 
 

@@ -6,6 +6,7 @@ The one place that knows where decoder layers live and what they return.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,51 @@ class Backbone:
         """Where token ids must be put."""
         return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
 
+    @property
+    def unembedding(self) -> Float[Tensor, "vocabulary d_model"]:
+        """The matrix that makes logits; models can have more rows than their tokenizer has tokens.
+
+        Raises:
+            QwenScopeError: a model without one.
+        """
+        head: Any = self.model.get_output_embeddings()
+        if head is None:
+            raise QwenScopeError(
+                f"expected a language model with an unembedding, found none in {type(self.model).__name__}; load it as a "
+                "causal one"
+            )
+        return head.weight
+
+    @cached_property
+    def final_norm(self) -> nn.Module:
+        """What the last layer's residual goes through before the unembedding: the first module called after that layer.
+
+        Found by reading one token; an `nn.Identity` where the unembedding itself comes next, or nothing.
+        """
+        inside = {module for layer in self.layers for module in layer.modules()}
+        last, found = self.layers[-1], []
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            found.append(module)
+
+        def next_one(module: nn.Module, args: Any) -> None:
+            if found:
+                found.append(module)
+                raise _LastLayerRead
+
+        with self._one_at_a_time, ExitStack() as hooks:
+            hooks.callback(last.register_forward_hook(after).remove)
+            for module in self.model.modules():
+                if module not in inside:
+                    hooks.callback(module.register_forward_pre_hook(next_one).remove)
+            try:
+                with torch.no_grad():
+                    self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+            except _LastLayerRead:
+                pass
+        follows = found[-1]
+        return nn.Identity() if follows in (last, self.model.get_output_embeddings()) else follows
+
     def residuals(
         self,
         input_ids: Int[Tensor, "batch tokens"],
@@ -222,7 +268,7 @@ class Backbone:
 
 
 class _LastLayerRead(Exception):
-    """Ends a forward pass whose remaining layers nobody asked for."""
+    """Ends a forward pass of which nobody asked for the rest."""
 
 
 def hidden_of(output: Any) -> Tensor:
