@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_scope import QwenScopeError
-from qwen_scope.training import pieces as module
 from qwen_scope.training.pieces import SHORTEST_REST, Pieces
 
 WORDS = "the capital of France is Paris and Rome is the capital of Italy "
@@ -68,7 +67,7 @@ def test_chats_go_through_the_template(tmp_path, tokenizer):
 
 
 def test_long_documents_are_tokenized_in_portions(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "PORTION", 100)
+    monkeypatch.setattr("qwen_scope.corpus.cutting.PORTION", 100)
     text = (WORDS * 20).strip()
     found = write(tmp_path, [text, "x" * 350], tokenizer, context=200)
     assert "".join(tokenizer.decode(piece) for piece in all_pieces(found)) == text + "x" * 350

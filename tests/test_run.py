@@ -17,11 +17,11 @@ import torch
 
 from qwen_scope import QwenScopeError, Scope, Suite
 from qwen_scope.backbone import Backbone
+from qwen_scope.stopping import Stop, Stopped
 from qwen_scope.training import RunConfig, TrainConfig, train
 from qwen_scope.training.group import Group
 from qwen_scope.training.plan import Plan, write_options
 from qwen_scope.training.run import Run
-from qwen_scope.training.stopping import Stop, Stopped
 from qwen_scope.training.tracking import History, Tracker, rows_of
 
 RECIPE = TrainConfig(d_sae=64, k=4, batch=64, dead_after=600, learning_rate=1e-3)

@@ -71,36 +71,50 @@ def _padded(group: list[int], texts: Sequence[TokenizedText]) -> Batch:
 
 
 def read(
-    texts: Sequence[TokenizedText], backbone: Backbone, layers: Sequence[int]
+    texts: Sequence[TokenizedText],
+    backbone: Backbone,
+    layers: Sequence[int],
+    *,
+    forward_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
 ) -> Iterator[tuple[Batch, dict[int, Float[Tensor, "batch tokens d_model"]]]]:
     """The residuals of every text at some layers, batch by batch, each from one forward pass.
+
+    Args:
+        forward_tokens: most tokens in one pass, padding included.
+        progress: whether to show a bar.
 
     Raises:
         QwenScopeError: a text longer than the model's context, or a layer the model does not have.
     """
-    todo = batches(texts, backbone)
-    for batch in tqdm(todo, desc="reading", unit="batch", disable=len(todo) < 8):
+    todo = batches(texts, backbone, forward_tokens)
+    for batch in tqdm(todo, desc="reading", unit="batch", disable=len(todo) < 8 or not progress):
         yield batch, backbone.residuals(batch.ids, batch.attention_mask, layers=layers)
 
 
 def read_rows(
-    texts: Sequence[TokenizedText], backbone: Backbone, layers: Sequence[int]
+    texts: Sequence[TokenizedText],
+    backbone: Backbone,
+    layers: Sequence[int],
+    *,
+    forward_tokens: int = BATCH_TOKENS,
+    held_bytes: int | None = None,
+    progress: bool = True,
 ) -> Iterator[tuple[list[int], dict[int, Float[Tensor, "tokens d_model"]]]]:
-    """The residuals of real tokens alone, of as many texts at a time as `RESIDUAL_BYTES` hold at all layers together.
+    """The residuals of real tokens alone, of as many texts at a time as `held_bytes` hold at all layers together (by default
+    `RESIDUAL_BYTES`).
 
     Gives which texts they are, in the order of their rows, and each layer's rows. So each layer's SAE is needed once for
-    many batches, not once for each: what makes suites bearable that do not fit into memory.
-
-    Raises:
-        QwenScopeError: see `read`.
+    many batches, not once for each: what makes suites bearable that do not fit into memory. For the other arguments and
+    errors see `read`.
     """
     order: list[int] = []
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     held = 0
-    for batch, residuals in read(texts, backbone, layers):
+    for batch, residuals in read(texts, backbone, layers, forward_tokens=forward_tokens, progress=progress):
         rows = {layer: x[batch.real.to(x.device)] for layer, x in residuals.items()}
         size = sum(x.nbytes for x in rows.values())
-        if order and held + size > RESIDUAL_BYTES:
+        if order and held + size > (held_bytes or RESIDUAL_BYTES):
             yield order, _joined(parts)
             order, held = [], 0
             parts = {layer: [] for layer in layers}

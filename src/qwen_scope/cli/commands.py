@@ -11,7 +11,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from qwen_scope.cli.browse import Pages, Search, Show, Sql
 from qwen_scope.cli.common import Layers, Source, given_texts, names_of, print_json, quiet_loading
+from qwen_scope.cli.harvest import Harvest
+from qwen_scope.cli.label import Label
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.training.run_config import RunConfig
 
@@ -198,5 +201,11 @@ Command = (
     | Annotated[Suites, tyro.conf.subcommand("suites")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Harvest, tyro.conf.subcommand("harvest")]
+    | Annotated[Label, tyro.conf.subcommand("label")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Pages, tyro.conf.subcommand("pages")]
+    | Annotated[Sql, tyro.conf.subcommand("sql")]
 )
 """All commands."""

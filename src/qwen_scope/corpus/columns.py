@@ -1,6 +1,6 @@
 """Which column of a row holds its text or messages, and what makes a document of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,9 @@ from qwen_scope.tokens import Message
 
 Document = str | list[Message]
 """A plain text, or the messages of one chat."""
+
+Broken = Callable[[str], object] | None
+"""What is told of a line, row or file that cannot be read, which is passed over then; None raises instead."""
 
 _NAMED = ("text", "messages", "conversations", "conversation")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -26,18 +29,37 @@ def choose(columns: Mapping[str, bool], asked: str | None, where: str) -> str:
     raise QwenScopeError(f"expected {expected} in {where}, found {found}; choose one with --column (column= in Python)")
 
 
-def in_column(rows: Iterator[tuple[str, Any]], column: str | None) -> Iterator[tuple[str, Any]]:
+def in_column(rows: Iterator[tuple[str, Any]], column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """The values in the column to read of rows with their places."""
     chosen = None
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise QwenScopeError(
-                f"expected a row of named columns in {where}, found {type(row).__name__}; write rows such as "
-                '{"text": "…"}'
-            )
+    for where, row in parsed_or_told(rows, _row, broken):
         if chosen is None:
             chosen = choose({name: isinstance(value, str) for name, value in row.items()}, column, where)
         yield where, row.get(chosen)
+
+
+def parsed_or_told(
+    items: Iterator[tuple[str, Any]], parse: Callable[[Any, str], Any], broken: Broken
+) -> Iterator[tuple[str, Any]]:
+    """Items with their places, each parsed; what does not parse is told and passed over, or raised."""
+    for where, item in items:
+        try:
+            parsed = parse(item, where)
+        except QwenScopeError as error:
+            if broken is None:
+                raise
+            broken(str(error))
+            continue
+        yield where, parsed
+
+
+def _row(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise QwenScopeError(
+            f"expected a row of named columns in {where}, found {type(row).__name__}; write rows such as "
+            '{"text": "…"}'
+        )
+    return row
 
 
 def as_document(value: Any, where: str) -> Document:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.corpus.columns import choose, in_column, unreadable
+from qwen_scope.corpus.columns import Broken, choose, in_column, parsed_or_told, unreadable
 from qwen_scope.errors import QwenScopeError
 
 _PIECE = 1 << 20
@@ -23,40 +23,53 @@ def ending(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def text_pieces(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+def text_pieces(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """A text file as one document, or in pieces if it is long."""
-    return ((str(path), piece) for piece in _pieces(path, _PIECE))
+    start = 0
+    for piece in _pieces(path, _PIECE):
+        yield f"{path} from character {start}" if start else str(path), piece
+        start += len(piece)
 
 
-def json_rows(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """The rows of one list, or those of lines."""
     if not next((line for line in _pieces(path, 1) if not line.isspace()), "").lstrip().startswith("["):
-        yield from json_lines(path, column)
+        yield from json_lines(path, column, broken)
         return
     rows = _parsed("".join(_pieces(path, _PIECE)), str(path))
-    yield from in_column(((f"row {number} of {path}", row) for number, row in enumerate(rows, 1)), column)
+    yield from in_column(((f"row {number} of {path}", row) for number, row in enumerate(rows, 1)), column, broken)
 
 
-def json_lines(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """A row a line."""
     lines = ((f"line {number} of {path}", line) for number, line in enumerate(_pieces(path, 1), 1))
-    yield from in_column(((where, _parsed(line, where)) for where, line in lines if not line.isspace()), column)
+    whole = ((where, line) for where, line in lines if not line.isspace())
+    yield from in_column(parsed_or_told(whole, _parsed, broken), column, broken)
 
 
-def separated_rows(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+def separated_rows(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """The rows of a CSV or TSV file, whose first names the columns."""
     # The module's limit of 128 KiB a field holds for the whole process, and documents are longer.
     csv.field_size_limit(2**31 - 1)
     rows = csv.reader(_pieces(path, 1), delimiter="\t" if ending(path) == ".tsv" else ",", strict=True)
-    try:
-        header = next(rows, [])
-        index = header.index(choose(dict.fromkeys(header, True), column, str(path))) if header else 0
-        for row in rows:
+    index = None
+    while True:
+        try:
+            row = next(rows, None)
+            if row is None:
+                return
+        except csv.Error as error:
+            wrong = QwenScopeError(
+                f"expected rows with quotes in pairs in {path}, found line {rows.line_num} otherwise ({error}); correct it"
+            )
+            if broken is None or index is None:
+                raise wrong from error
+            broken(str(wrong))
+            continue
+        if index is None:
+            index = row.index(choose(dict.fromkeys(row, True), column, str(path))) if row else 0
+        else:
             yield f"line {rows.line_num} of {path}", row[index] if index < len(row) else None
-    except csv.Error as error:
-        raise QwenScopeError(
-            f"expected rows with quotes in pairs in {path}, found line {rows.line_num} otherwise ({error}); correct it"
-        ) from error
 
 
 def _pieces(path: Path, size: int) -> Iterator[str]:

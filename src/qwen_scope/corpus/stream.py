@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.corpus.columns import Document, as_document, is_blank, unreadable
+from qwen_scope.corpus.columns import Broken, Document, as_document, is_blank, parsed_or_told, unreadable
 from qwen_scope.corpus.files import NotText, ending, json_lines, json_rows, separated_rows, text_pieces
 from qwen_scope.corpus.tables import hub_rows, parquet_rows, saved_rows
 from qwen_scope.errors import QwenScopeError
@@ -31,7 +31,21 @@ def documents(
     config: str | None = None,
     streaming: bool = True,
 ) -> Iterator[Document]:
-    """The documents of a corpus, one at a time, always in the same order.
+    """The documents of a corpus, one at a time, always in the same order: those of `located`, without their places."""
+    found = located(source, column=column, split=split, config=config, streaming=streaming)
+    return (document for _, document in found)
+
+
+def located(
+    source: str | Path,
+    *,
+    column: str | None = None,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = True,
+    broken: Broken = None,
+) -> Iterator[tuple[str, Document]]:
+    """The documents of a corpus, each with the words that say where it was, always in the same order.
 
     - `.txt`, `.md` and any file of another kind: the file is one document. One longer than 1 MiB comes in pieces of about
       that size, cut at line ends.
@@ -51,15 +65,18 @@ def documents(
         split: for datasets, the split to read.
         config: for datasets on the hub, the configuration to read.
         streaming: for datasets on the hub, whether to read while downloading; False keeps a copy in the hub's cache.
+        broken: is called with a sentence for each line, row or file of a folder that cannot be read, which is left out
+            then. Without it, the first one ends the reading.
 
     Raises:
         QwenScopeError: nothing there, no document in it, no such column, or a file, row or value that cannot be read.
     """
     found = False
-    for where, value in _values(source, column, split, config, streaming):
-        if value is not None and not is_blank(document := as_document(value, where)):
+    values = _values(source, column, split, config, streaming, broken)
+    for where, document in parsed_or_told(values, lambda v, w: None if v is None else as_document(v, w), broken):
+        if document is not None and not is_blank(document):
             found = True
-            yield document
+            yield where, document
     if not found:
         raise QwenScopeError(
             f"expected a corpus of at least one document in {source}, found only blank ones or none; choose another source"
@@ -81,29 +98,36 @@ def _locate(source: str | Path) -> Path | str:
 
 
 def _values(
-    source: str | Path, column: str | None, split: str, config: str | None, streaming: bool
+    source: str | Path, column: str | None, split: str, config: str | None, streaming: bool, broken: Broken
 ) -> Iterator[tuple[str, Any]]:
     """Each text or row's value as it was stored, with the words that say where it was."""
     place = _locate(source)
     if isinstance(place, str):
         return hub_rows(place, column, split, config, streaming)
     if place.is_file():
-        return _ROWS.get(ending(place), text_pieces)(place, column)
+        return _ROWS.get(ending(place), text_pieces)(place, column, broken)
     if any(is_file(place / name) for name in ("state.json", "dataset_dict.json")):
         return saved_rows(place, column, split)
-    return _folder(place, column)
+    return _folder(place, column, broken)
 
 
-def _folder(folder: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+def _folder(folder: Path, column: str | None, broken: Broken) -> Iterator[tuple[str, Any]]:
     files = skipped = 0
     for path in _files(folder):
         files += 1
         try:
-            yield from _ROWS.get(ending(path), text_pieces)(path, column)
-        except NotText:
-            if ending(path) in {*_TEXTS, *_ROWS}:
+            yield from _ROWS.get(ending(path), text_pieces)(path, column, broken)
+        except NotText as error:
+            promised = ending(path) in {*_TEXTS, *_ROWS}
+            if promised and broken is None:
                 raise
+            if promised and broken is not None:
+                broken(str(error))
             skipped += 1
+        except QwenScopeError as error:
+            if broken is None:
+                raise
+            broken(str(error))
     if files == skipped:
         raise QwenScopeError(
             f"expected text files in {folder}, found {files} files and no UTF-8 text in them; choose another folder"

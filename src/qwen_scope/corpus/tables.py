@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.corpus.columns import choose, in_column, short, unreadable
+from qwen_scope.corpus.columns import Broken, choose, in_column, short, unreadable
 from qwen_scope.errors import QwenScopeError
 
 
-def parquet_rows(path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+def parquet_rows(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """The rows of a Parquet file, a little at a time and the wanted column alone."""
     pyarrow, parquet = _import("pyarrow", path), _import("pyarrow.parquet", path)
     try:

@@ -4,6 +4,7 @@
     layer15/features.parquet    a row per feature, in their order (`FEATURES`)
     layer15/examples.parquet    a row per example, by feature, kind and rank (`EXAMPLES`)
     layer15/pairs/*.parquet     every (token, feature) pair, if asked for (`PAIRS`)
+    documents.parquet           where each document of the corpus was (`DOCUMENTS`)
     labels.jsonl                labels, a line each, the newest last (see `qwen_scope.index.labels`)
 
 docs/index-format.md describes the same for users of other tools; a test compares the two.
@@ -88,6 +89,11 @@ PAIRS = pa.schema(
 """Columns of pairs/*.parquet: every feature that fires (value > 0) at every token; `kept` is False at position 0 and at
 norm outliers, which the statistics leave out."""
 
+DOCUMENTS = pa.schema(
+    [pa.field("document", pa.int64(), nullable=False), pa.field("place", pa.string(), nullable=False)]
+)
+"""Columns of documents.parquet: `place` says where a document was, such as `line 5 of corpus.jsonl`."""
+
 
 @dataclass(frozen=True)
 class About:
@@ -164,13 +170,12 @@ class About:
             )
         known = {f.name for f in fields(About)}
         try:
-            found = About(**{name: item for name, item in value.items() if name in known})
             by_layer = {name: {int(n): item for n, item in value[name].items()} for name in ("layers", "norm_outliers")}
+            return About(**{**{name: item for name, item in value.items() if name in known}, **by_layer})
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise QwenScopeError(
                 f"expected a whole index.json in {folder}, found one that lacks something ({error}); harvest again"
             ) from error
-        return About(**{**{f.name: getattr(found, f.name) for f in fields(About)}, **by_layer})
 
 
 def layer_folder(folder: Path, layer: int) -> Path:

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +13,15 @@ import numpy as np
 from jaxtyping import Int, Integer
 from tqdm import tqdm
 
+from qwen_scope.corpus.cutting import cut
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.tokens import Message, TokenizedText, apply_template
+from qwen_scope.tokens import Message, TokenizedText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PORTION = 2**18
-"""Characters tokenized at a time: a longer document is cut there first, at the end of a line or word if there is one."""
 SHORTEST_REST = 16
 """What is left of a document after its full pieces is dropped below this many tokens: it has next to no context."""
-AT_ONCE = 256
-"""Most texts handed to the tokenizer together, which it spreads over threads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,48 +159,8 @@ def _write(folder: Path, documents: Any, tokenizer: Any, context: int, tokens: i
 
 
 def _pieces(documents: Any, tokenizer: Any, context: int) -> Iterator[tuple[int, list[int]]]:
-    """Number of the document and token ids of each piece."""
-    for from_template, portions in groupby(_portions(documents, tokenizer), key=lambda portion: portion[2]):
-        while some := _some(portions):
-            encoded = tokenizer([text for _, text, _ in some], add_special_tokens=not from_template, verbose=False)
-            for (number, _, _), ids in zip(some, encoded["input_ids"], strict=True):
-                for piece in _cut(ids, tokenizer.bos_token_id, context):
-                    yield number, piece
-
-
-def _some(portions: Iterator[tuple[int, str, bool]]) -> list[tuple[int, str, bool]]:
-    """The next portions, as many as make it worthwhile to start the tokenizer."""
-    taken, size = [], 0
-    for portion in portions:
-        taken.append(portion)
-        size += len(portion[1])
-        if len(taken) == AT_ONCE or size >= 4 * PORTION:
-            break
-    return taken
-
-
-def _cut(ids: list[int], bos: int | None, context: int) -> Iterator[list[int]]:
-    begin = ids[:1] if ids and ids[0] == bos else []
-    rest = ids[len(begin) :]
-    room = context - len(begin)
-    for start in range(0, len(rest), room):
-        piece = begin + rest[start : start + room]
+    """Number of the document and token ids of each piece that is long enough to train on."""
+    for piece in cut(documents, tokenizer, context):
         # A short document is kept whole: it has all the context there is.
-        if len(piece) >= (min(SHORTEST_REST, context) if start else 2):
-            yield piece
-
-
-def _portions(documents: Any, tokenizer: Any) -> Iterator[tuple[int, str, bool]]:
-    """Number of the document, at most `PORTION` characters of it, and whether a chat template wrote them."""
-    for number, document in enumerate(documents):
-        from_template = not isinstance(document, str)
-        text = apply_template(document, tokenizer) if from_template else document
-        start = 0
-        while start < len(text):
-            end = start + PORTION
-            if end < len(text):
-                cut = max(text.rfind("\n", start + 1, end), text.rfind(" ", start + 1, end))
-                end = cut if cut > 0 else end
-            # Lone surrogates, which a JSON file can hold, are no text to a tokenizer.
-            yield number, text[start:end].encode("utf-8", "replace").decode("utf-8"), from_template
-            start = end
+        if len(piece.ids) >= (2 if piece.begins else min(SHORTEST_REST, context)):
+            yield piece.document, piece.ids

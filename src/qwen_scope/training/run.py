@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen_scope.stopping import Stop, Stopped, stopping
 from qwen_scope.suite import Suite, ranges
 from qwen_scope.training.blocks import BlockCache, Residuals, read_block
 from qwen_scope.training.checkpoints import Checkpoints
@@ -21,7 +22,6 @@ from qwen_scope.training.layer_run import LayerRun
 from qwen_scope.training.plan import Plan, agree_with_before, write_options
 from qwen_scope.training.results import finish
 from qwen_scope.training.run_config import RunConfig
-from qwen_scope.training.stopping import Stop, Stopped, stopping
 from qwen_scope.training.tracking import History, Tracker
 from qwen_scope.training.trainer import SAETrainer
 
