@@ -1,0 +1,50 @@
+"""`qwen-scope find`: which features separate these texts from those."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_scope.cli.common import Layers, given_texts, names_of, print_json, quiet_loading
+from qwen_scope.errors import QwenScopeError
+
+
+@dataclass(frozen=True)
+class Find:
+    """Which features fire in these texts but not, or less often, in those; without others to compare with, than in the corpus."""
+
+    positive: tuple[str, ...] = ()
+    """Texts to find features of, each in quotes."""
+    negative: tuple[str, ...] = ()
+    """Texts to compare with. Default: the corpus of the index."""
+    positive_file: Path | None = None
+    """More positive texts from a file, one a line; `-` is standard input."""
+    negative_file: Path | None = None
+    """More negative texts from a file, one a line."""
+    index: Path | None = None
+    """Folder of a feature index. Default: the one that comes with the package."""
+    layers: Layers = ()
+    """Layers to search. Default: all of the index."""
+    count: int = 20
+    """Features shown at most."""
+    only: bool = False
+    """Only features that fire at none of the negative tokens: what fires here but not there."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+    def run(self) -> None:
+        """Reads the texts and prints what was found."""
+        positive = [*self.positive, *given_texts((), self.positive_file)]
+        negative = [*self.negative, *given_texts((), self.negative_file)]
+        if not positive:
+            raise QwenScopeError(
+                'expected texts to find features of, found none; try: qwen-scope find --positive "Bonjour, je voudrais un café"'
+            )
+        quiet_loading()
+        from qwen_scope.index.feature_index import FeatureIndex
+        from qwen_scope.index.find import find
+
+        index = FeatureIndex.open(self.index)
+        found = find(index, positive, negative or None, layers=self.layers or None, count=self.count, only=self.only)
+        if self.json:
+            print_json({**names_of(index.scope), **found.to_dict()})
+        else:
+            print(found)

@@ -1,0 +1,65 @@
+"""How findings look in a terminal. Text of models and corpora never moves the cursor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwen_scope.index.show import clip, line_width, share, visible
+
+if TYPE_CHECKING:
+    from qwen_scope.index.find import Findings, Found, Read
+
+FEW_TEXTS = 5
+"""Below so many texts in a group, how much they vary is hardly known, and z promises too much."""
+
+
+def findings_text(findings: Findings, width: int | None = None) -> str:
+    """Findings for a terminal: a line per feature, then what they rest on and how far to trust them.
+
+    Args:
+        width: characters in a line; the terminal's unless told.
+    """
+    width = line_width() if width is None else width
+    against = findings.negative is not None
+    heads = ["feature", "z", "q", "here", *(["there"] if against else []), "corpus"]
+    rows = [
+        [
+            found.name,
+            f"{found.z:.2f}",
+            f"{found.q:.1g}",
+            share(found.positive_rate),
+            *([share(found.negative_rate)] if against else []),
+            share(found.density),
+        ]
+        for found in findings
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = []
+    for row, about in zip([heads, *rows], ["label or tokens it peaks at", *map(_about, findings)], strict=True):
+        cells = [f"{row[0]:<{widths[0]}}", *(f"{cell:>{size}}" for cell, size in zip(row[1:], widths[1:], strict=True))]
+        start = "  ".join(cells)
+        lines.append(f"{start}  {clip(about, max(8, width - len(start) - 2))}".rstrip())
+    if not rows:
+        lines = [f"no feature of {findings.compared:,} fires more often in these texts"]
+    return "\n".join([*lines, "", *_rest(findings)])
+
+
+def _about(found: Found) -> str:
+    return visible(found.label.text) if found.label else " ".join(repr(token.token) for token in found.top_tokens)
+
+
+def _rest(findings: Findings) -> list[str]:
+    """What findings rest on, and how far to trust them."""
+    there = findings.negative
+    lines = [f"here: {_read(findings.positive)}"]
+    lines.append(f"there: {_read(there)}" if there else "compared with the corpus of the index")
+    lines.append(f"{findings.compared:,} features compared; q: share of false ones to expect from the top to its line")
+    if min(read.texts for read in (findings.positive, there) if read) < FEW_TEXTS:
+        lines.append(f"fewer than {FEW_TEXTS} texts: the order is good, but z and q promise too much")
+    return lines
+
+
+def _read(read: Read) -> str:
+    outliers = " ".join(f"{layer}: {count}" for layer, count in read.norm_outliers.items() if count)
+    left_out = f"{read.texts:,} at position 0" + (f", norm outliers by layer {outliers}" if outliers else "")
+    return f"{read.tokens:,} tokens of {read.texts:,} text{'s'[: read.texts != 1]} (left out: {left_out})"
