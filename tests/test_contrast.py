@@ -11,8 +11,6 @@ from torch import Tensor
 from qwen_scope import QwenScopeError
 from qwen_scope.contrast import (
     COMMON_WORTH,
-    PRIOR_FLOOR,
-    PRIOR_TOKENS,
     Firing,
     contrast,
     design_effect,
@@ -87,15 +85,15 @@ def test_counts_are_those_of_the_dense_matrix(tokens, d_sae, k, texts, seed):
 
 def test_the_score_by_hand():
     found = contrast(known(30, tokens=100), known(10, tokens=200), torch.tensor([0.2], dtype=torch.float64))
-    fires, rests = 20 + 0.5, 80 + 0.5
-    first, second = (30 + fires, 70 + rests), (10 + fires, 190 + rests)
-    ratio = math.log(first[0] / first[1]) - math.log(second[0] / second[1])
-    z = ratio / math.sqrt(sum(1 / count for count in (*first, *second)))
-    assert found.log_odds_ratio.item() == pytest.approx(ratio)
-    assert found.z.item() == pytest.approx(z)
-    assert found.p.item() == pytest.approx(math.erfc(z / math.sqrt(2)))
+    # 20 of 100 tokens are added to both.
+    counts, rates, both = ((50, 150), (30, 270)), (50 / 200, 30 / 300), 80 / 500
+    gained = sum(
+        fires * math.log(rate / both) + rests * math.log((1 - rate) / (1 - both))
+        for (fires, rests), rate in zip(counts, rates, strict=True)
+    )
+    assert found.z.item() == pytest.approx(math.sqrt(2 * gained))
+    assert found.p.item() == pytest.approx(math.erfc(math.sqrt(gained)))
     assert found.design_effect.item() == 1
-    assert (PRIOR_TOKENS, PRIOR_FLOOR) == (100, 0.5)
 
 
 @given(
@@ -129,10 +127,29 @@ def test_more_tokens_say_more_and_common_features_less():
     assert (many.z > 2 * few.z).all()
 
 
-def test_a_rare_feature_that_is_missing_in_one_group_is_found():
-    # With a prior of the density alone its z would be 0.7.
-    found = contrast(known(15, tokens=20), known(0, tokens=20), torch.tensor([1e-4], dtype=torch.float64))
-    assert found.z.item() > 2
+def test_what_one_group_lacks_is_the_surer_the_more_often_it_fires_in_the_other():
+    density, fired = torch.full((3,), 1e-4, dtype=torch.float64), torch.tensor([5, 10, 15], dtype=torch.float64)
+    z = contrast(known(5, 10, 15, tokens=20), known(0, 0, 0, tokens=20), density).z
+    assert z[0] > 2.5
+    assert (z.diff() > 0.8).all()
+    # The log-odds ratio over its standard error says next to nothing, and hardly more for more.
+    odds = [(fired + 0.01, 119.99 - fired), (0.01, 119.99)]
+    ratio = torch.log(odds[0][0] / odds[0][1]) - math.log(odds[1][0] / odds[1][1])
+    error = (1 / odds[0][0] + 1 / odds[0][1] + 1 / odds[1][0] + 1 / odds[1][1]).sqrt()
+    assert (ratio / error).max() < 1
+
+
+def test_a_rare_feature_that_fires_once_is_no_find():
+    # As one in a thousand would, where the density is one in a thousand.
+    density = torch.tensor([1e-3], dtype=torch.float64)
+    found = contrast(known(1, tokens=50), known(1000, tokens=10**6), density)
+    assert 0 < found.z.item() < 2
+    assert contrast(known(0, tokens=50), known(1000, tokens=10**6), density).z.abs().item() < 0.5
+
+
+def test_what_always_or_never_fires_scores_nothing():
+    found = contrast(known(7, 0, tokens=7), known(30, 0, tokens=30), torch.tensor([1, 0], dtype=torch.float64))
+    assert found.z.tolist() == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_without_densities_both_groups_say_how_common_features_are():

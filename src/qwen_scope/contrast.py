@@ -1,10 +1,12 @@
 """Which features separate two groups of texts: counts in, scores out. Knows no model and no text.
 
-The score is the log-odds ratio with an informative prior of Monroe, Colaresi and Quinn (2008), "Fightin' Words: Lexical
-Feature Selection and Evaluation for Identifying the Content of Political Conflict", for features instead of words: a feature
-fires at a token or does not, so each has a Beta prior of its own instead of one Dirichlet prior for all. Counts are first
-divided by a design effect, after Rao and Scott (1992), "A Simple Method for the Analysis of Clustered Binary Data",
-because the tokens of one text are no independent witnesses. docs/find.md has the formulas.
+The score is the likelihood ratio of Dunning (1993), "Accurate Methods for the Statistics of Surprise and Coincidence", with
+the informative prior of Monroe, Colaresi and Quinn (2008), "Fightin' Words: Lexical Feature Selection and Evaluation for
+Identifying the Content of Political Conflict". Counts are first divided by a design effect, after Rao and Scott (1992), "A
+Simple Method for the Analysis of Clustered Binary Data", because the tokens of one text are no independent witnesses.
+
+Monroe's own score, the log-odds ratio over its standard error, is not used: where one group lacks a feature, that error
+comes from the prior alone and hides the surest differences (Hauck and Donner 1977). docs/find.md has the formulas.
 """
 
 from __future__ import annotations
@@ -21,9 +23,6 @@ from qwen_scope.features import SparseFeatures
 PRIOR_TOKENS = 100.0
 """Tokens that the prior is worth: so many are added to each group, at which a feature fires as often as its density says.
 The more, the less a common feature is worth that differs a little in a few tokens."""
-PRIOR_FLOOR = 0.5
-"""Added besides to firing and not firing, as Jeffreys' prior does: without it, a rare feature that is missing in one group
-would have a nearly infinite variance and the score 0."""
 COMMON_WORTH = 30.0
 """Degrees of freedom that the features' common design effect is worth against a feature's own, which few texts leave
 uncertain."""
@@ -119,9 +118,8 @@ class Contrast:
     """How each feature's firing differs between two groups of texts."""
 
     z: Float[Tensor, " features"]
-    """`log_odds_ratio` over its standard error: above 0 where it fires more often in the first group."""
-    log_odds_ratio: Float[Tensor, " features"]
-    """Natural logarithm of the odds of firing in the first group over those in the second, both with the prior."""
+    """The root of the likelihood ratio, as good as a normal variable where nothing separates the groups: above 0 where the
+    feature fires more often in the first group."""
     design_effect: Float[Tensor, " features"]
     """How many tokens are worth one independent one, 1 or more; counts were divided by it."""
     p: Float[Tensor, " features"]
@@ -150,15 +148,21 @@ def contrast(first: Firing, second: Firing, density: Float[Tensor, " features"] 
             f"{len(density)}; compare texts at one layer"
         )
     effect = design_effect(first, second)
-    log_odds, variances = [], []
-    for group in (first, second):
-        fires = group.fired / effect + PRIOR_TOKENS * density + PRIOR_FLOOR
-        rests = (group.tokens - group.fired) / effect + PRIOR_TOKENS * (1 - density) + PRIOR_FLOOR
-        log_odds.append(fires.log() - rests.log())
-        variances.append(1 / fires + 1 / rests)
-    ratio = log_odds[0] - log_odds[1]
-    z = ratio / (variances[0] + variances[1]).sqrt()
-    return Contrast(z, ratio, effect, torch.special.erfc(z.abs() / 2**0.5))
+    fired = [group.fired / effect + PRIOR_TOKENS * density for group in (first, second)]
+    tokens = [group.tokens / effect + PRIOR_TOKENS for group in (first, second)]
+    together = (fired[0] + fired[1]) / (tokens[0] + tokens[1])
+    gained = torch.zeros_like(together)
+    for n, of in zip(fired, tokens, strict=True):
+        gained += _likelihood(n, of, n / of) - _likelihood(n, of, together)
+    z = (2 * gained).clamp_min(0).sqrt() * (fired[0] / tokens[0] - fired[1] / tokens[1]).sign()
+    return Contrast(z, effect, torch.special.erfc(z.abs() / 2**0.5))
+
+
+def _likelihood(fired: Tensor, tokens: Tensor, rate: Tensor) -> Tensor:
+    """Logarithm of the likelihood of a rate, but for what does not depend on it."""
+    # A rate of rounding errors above 1 would have no logarithm.
+    rests = (tokens - fired).clamp_min(0)
+    return torch.special.xlogy(fired, rate) + torch.special.xlogy(rests, (1 - rate).clamp_min(0))
 
 
 def design_effect(*groups: Firing) -> Float[Tensor, " features"]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -31,10 +33,8 @@ class Found:
     z: float
     """How surely it fires more often there, see `qwen_scope.contrast`."""
     q: float
-    """Share of false finds to expect among all features with a q as small, of all that were compared; it is as good as z is
-    normal, which with few texts it is not."""
-    log_odds_ratio: float
-    """How much more often: the logarithm of the ratio of the odds, drawn towards 0 by the prior."""
+    """Share of false finds to expect among all features with a q as small, of all that were compared; with a single text a
+    side it is too small, since nobody knows how much texts vary."""
     positive_rate: float
     """At which share of the positive texts' tokens it fires."""
     negative_rate: float
@@ -137,6 +137,8 @@ def find(
     if count < 1:
         raise QwenScopeError(f"expected to look for at least 1 feature, found count = {count}; ask for one or more")
     wanted = index.layers if layers is None else sorted({layers} if isinstance(layers, int) else set(layers))
+    if not wanted:
+        raise QwenScopeError("expected at least one layer to search, found none; leave layers out for all")
     for layer in wanted:
         index.check((layer, 0))
     scope = index.scope
@@ -158,11 +160,12 @@ def find(
     q = torch.ones(len(candidates), dtype=torch.float64)
     q[candidates] = false_discovery(torch.cat(p)[candidates])
     order = torch.cat(z).where(torch.cat(shown), -torch.inf).argsort(descending=True, stable=True)
-    names = [(layer, number) for layer in wanted for number in range(index.about.layers[layer])]
-    found = [
-        _found(index, names[at], *compared[names[at][0]], q=float(q[at]))
-        for at in order[: min(count, int(torch.cat(shown).sum()))].tolist()
-    ]
+    starts = list(accumulate((len(scores) for scores in z), initial=0))
+    found = []
+    for at in order[: min(count, int(torch.cat(shown).sum()))].tolist():
+        place = bisect_right(starts, at) - 1
+        layer = wanted[place]
+        found.append(_found(index, (layer, at - starts[place]), *compared[layer], q=float(q[at])))
     return Findings(found, reads[0], reads[1] if len(reads) > 1 else None, int(candidates.sum()))
 
 
@@ -216,7 +219,6 @@ def _found(
         number=number,
         z=float(scores.z[number]),
         q=q,
-        log_odds_ratio=float(scores.log_odds_ratio[number]),
         positive_rate=float(here.rate[number]),
         negative_rate=float(there.rate[number]),
         density=feature.density,

@@ -9,10 +9,6 @@ from qwen_scope.index.show import clip, line_width, share, visible
 if TYPE_CHECKING:
     from qwen_scope.index.find import Findings, Found, Read
 
-FEW_TEXTS = 5
-"""Below so many texts in a group, how much they vary is hardly known, and z promises too much."""
-
-
 def findings_text(findings: Findings, width: int | None = None) -> str:
     """Findings for a terminal: a line per feature, then what they rest on and how far to trust them.
 
@@ -54,8 +50,8 @@ def _rest(findings: Findings) -> list[str]:
     lines = [f"here: {_read(findings.positive)}"]
     lines.append(f"there: {_read(there)}" if there else "compared with the corpus of the index")
     lines.append(f"{findings.compared:,} features compared; q: share of false ones to expect from the top to its line")
-    if min(read.texts for read in (findings.positive, there) if read) < FEW_TEXTS:
-        lines.append(f"fewer than {FEW_TEXTS} texts: the order is good, but z and q promise too much")
+    if max(read.texts for read in (findings.positive, there) if read) == 1:
+        lines.append("a single text does not tell how much texts vary: z and q promise too much")
     return lines
 
 
