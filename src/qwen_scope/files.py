@@ -1,14 +1,19 @@
 """Reading and writing files so that a half-written one is never seen: written beside its place, then moved in."""
 
+from __future__ import annotations
+
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qwen_scope.errors import QwenScopeError
+
+if TYPE_CHECKING:
+    # Who only writes files atomically need not wait for torch.
+    from torch import Tensor
 
 # Read once, at import: the only way to read it is to set it, for all threads of the process.
 _UMASK = os.umask(0)

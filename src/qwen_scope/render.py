@@ -47,6 +47,17 @@ def text_summary(found: TextFeatures) -> str:
     return "\n".join(lines)
 
 
+def shaded(token: str, title: str, shade: float, style: str = "") -> str:
+    """A token on a background that grows from nothing at shade 0 to strong at 1 and suits light and dark pages alike.
+
+    Args:
+        title: what pointing at it tells.
+        style: more CSS, which is not escaped.
+    """
+    background = f"background:rgba(99,102,241,{0.6 * shade:.2f});border-radius:3px;{style}"
+    return f'<span title="{escape(title)}" style="{background}">{escape(token)}</span>'
+
+
 def layer_html(found: LayerFeatures) -> str:
     """The tokens in a row, shaded by their strongest feature; pointing at one names its features."""
     indices = found.indices.reshape(-1, found.k)[:, :MANY_FEATURES].tolist()
@@ -58,8 +69,7 @@ def layer_html(found: LayerFeatures) -> str:
         title = "\n".join(f"{found.layer}/{i}  {v:.4g}" for i, v in zip(some, at_values, strict=True))
         shade = min(max(at_values[0] / scale, 0.0), 1.0) if scale > 0 else 0.0
         tokens.append(
-            f'<span title="{escape(title)}" style="background:rgba(99,102,241,{0.6 * shade:.2f});border-radius:3px;'
-            f'padding:1px 2px;margin:1px;display:inline-block;white-space:pre-wrap">{escape(token)}</span>'
+            shaded(token, title, shade, "padding:1px 2px;margin:1px;display:inline-block;white-space:pre-wrap")
         )
     return (
         f'<div style="margin:4px 0"><small>layer {found.layer} · {found.k} of {found.d_sae} features a token</small>'

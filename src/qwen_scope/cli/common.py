@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -85,8 +86,13 @@ def names_of(scope: "Scope") -> dict[str, Any]:
 
 
 def print_json(value: Any) -> None:
-    """Prints strict JSON: what is not a number becomes null."""
-    print(json.dumps(_finite(value), ensure_ascii=False, indent=2))
+    """Prints strict JSON: what is not a number becomes null, and what JSON has no word for, such as a date, text."""
+    print(json.dumps(_finite(value), ensure_ascii=False, indent=2, default=_plain))
+
+
+def _plain(value: Any) -> int | str:
+    # SQL's sums are decimals, of integers too.
+    return int(value) if isinstance(value, Decimal) and value == value.to_integral_value() else str(value)
 
 
 def _finite(value: Any) -> Any:

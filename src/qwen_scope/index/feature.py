@@ -23,6 +23,8 @@ class Neighbour(NamedTuple):
     """Its number."""
     value: float
     """How near it is, see `Feature.similar` and `Feature.together`."""
+    label: str | None = None
+    """What it is about, if anybody has said so; not in the files, but looked up when a feature is read."""
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from qwen_scope.errors import QwenScopeError
+from qwen_scope.errors import QwenScopeError, reason
 from qwen_scope.index.layout import layer_folder
 
 if TYPE_CHECKING:
     from qwen_scope.index.feature_index import FeatureIndex
-
-_TABLES = {"features": "features.parquet", "examples": "examples.parquet", "pairs": "pairs/*.parquet"}
-"""Files in a layer's folder by the name they have in queries."""
 
 
 def answer(index: FeatureIndex, query: str) -> pa.Table:
@@ -26,28 +25,40 @@ def answer(index: FeatureIndex, query: str) -> pa.Table:
         ) from error
     with duckdb.connect() as connection:
         try:
-            for name, pattern in (
-                ("features", "features.parquet"),
-                ("examples", "examples.parquet"),
-                ("pairs", "pairs/*.parquet"),
-            ):
-                _view(connection, index, name, pattern)
-            connection.register("labels", index.labels.to_table())
-            return connection.sql(query).to_arrow_table()
+            _views(connection, index)
         except duckdb.Error as error:
             raise QwenScopeError(
-                f"expected a query that DuckDB answers, found that it refuses ({str(error).splitlines()[0]}); the tables are "
-                "features, examples, labels and pairs"
+                f"expected whole tables in {index.folder}, found that DuckDB cannot read them ({reason(error)}); harvest again"
+            ) from error
+        try:
+            found = connection.sql(query)
+            if found is None:
+                raise QwenScopeError(f"expected a query with an answer, found {query!r}; begin it with SELECT")
+            return found.to_arrow_table()
+        except duckdb.Error as error:
+            raise QwenScopeError(
+                f"expected a query that DuckDB answers, found that it refuses ({reason(error)}); the tables are features, "
+                "examples, labels, documents and, where they were kept, pairs"
             ) from error
 
 
-def _view(connection, index: FeatureIndex, name: str, pattern: str) -> None:
-    """One view over the files of all layers, with a column that says which."""
-    found = [(layer, layer_folder(index.folder, layer)) for layer in index.layers]
-    parts = [
-        f"SELECT {layer} AS layer, * FROM read_parquet('{str(folder / pattern).replace(chr(39), chr(39) * 2)}')"
-        for layer, folder in found
-        if any(folder.glob(pattern))
-    ]
-    if parts:
-        connection.execute(f"CREATE VIEW {name} AS {' UNION ALL '.join(parts)}")
+def _views(connection: Any, index: FeatureIndex) -> None:
+    """What there is to query, under the names of the files."""
+    by_layer = {layer: layer_folder(index.folder, layer) for layer in index.layers}
+    for name, files in (
+        ("features", {layer: [folder / "features.parquet"] for layer, folder in by_layer.items()}),
+        ("examples", {layer: [folder / "examples.parquet"] for layer, folder in by_layer.items()}),
+        ("pairs", {layer: sorted(folder.glob("pairs/*.parquet")) for layer, folder in by_layer.items()}),
+    ):
+        parts = [f"SELECT {layer} AS layer, * FROM {_parquet(paths)}" for layer, paths in files.items() if paths]
+        if parts:
+            connection.execute(f"CREATE VIEW {name} AS {' UNION ALL '.join(parts)}")
+    if (documents := index.folder / "documents.parquet").is_file():
+        connection.execute(f"CREATE VIEW documents AS SELECT * FROM {_parquet([documents])}")
+    connection.register("labels", index.labels.to_table())
+
+
+def _parquet(paths: list[Path]) -> str:
+    """Files as a table of DuckDB, which takes their names for patterns."""
+    names = ["'" + glob.escape(str(path)).replace("'", "''") + "'" for path in paths]
+    return f"read_parquet([{', '.join(names)}])"
