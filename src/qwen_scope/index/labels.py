@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.files import replacing
 from qwen_scope.index.feature import Label
 
 if TYPE_CHECKING:
@@ -22,7 +22,30 @@ if TYPE_CHECKING:
 
 Key = tuple[int, int]
 """Layer and number of a feature."""
+_State = tuple[tuple[int, int] | None, tuple[int, int] | None]
+"""Time and size of the two files of labels."""
 HAND = "hand"
+"""The author of labels that people write."""
+SHOWN = 3
+"""How many broken lines of an import are told of one by one."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of the lines of an import."""
+
+    added: int
+    """Labels that went in."""
+    older: int
+    """Labels left out because the same author's here is newer, or is the same."""
+    broken: int
+    """Lines that are no label of a feature of this index."""
+    broken_first: list[str]
+    """What was wrong with the first of them, a sentence each."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.added} labels added, {self.older} older than those here left out, {self.broken} broken lines"]
+        return "\n".join([*lines, *self.broken_first])
 
 
 class Labels:
@@ -34,12 +57,14 @@ class Labels:
     Args:
         path: the file that new labels go to; made when the first one is written.
         below: a file that is only read, whose labels count as older.
+        about: the index that they belong to, to refuse an import of labels of other features.
     """
 
-    def __init__(self, path: Path, below: Path | None = None):
+    def __init__(self, path: Path, below: Path | None = None, about: About | None = None):
         self.path = path
         self.below = below
-        self._read_at: tuple[object, ...] | None = None
+        self.about = about
+        self._read_at: _State | None = None
         self._found: dict[Key, dict[str, Label]] = {}
 
     @staticmethod
@@ -47,8 +72,8 @@ class Labels:
         """The labels of the index in a folder; where that folder comes with the package, new ones go to the user's own files."""
         beside = folder / "labels.jsonl"
         if folder.parent == Path(__file__).parent.parent:
-            return Labels(data_folder() / "labels" / f"{folder.name}-{about.fingerprint}.jsonl", below=beside)
-        return Labels(beside)
+            return Labels(data_folder() / "labels" / f"{folder.name}-{about.fingerprint}.jsonl", beside, about)
+        return Labels(beside, about=about)
 
     def get(self, layer: int, number: int) -> Label | None:
         """The label that counts, or None."""
@@ -57,6 +82,11 @@ class Labels:
     def all(self, layer: int, number: int) -> list[Label]:
         """The newest label of each author: by hand first, then the newest."""
         return self._ordered(self._by_feature().get((layer, number), {}))
+
+    def of(self, layer: int, number: int, by: str) -> Label | None:
+        """The newest label of one author, or None."""
+        label = self._by_feature().get((layer, number), {}).get(by)
+        return label if label and label.text else None
 
     def items(self) -> Iterator[tuple[Key, Label]]:
         """Every labelled feature with the label that counts, in order of layer and number."""
@@ -73,21 +103,60 @@ class Labels:
         Raises:
             QwenScopeError: the file cannot be written.
         """
-        label = label if label.time else replace(label, time=now())
-        line = json.dumps({"layer": layer, "feature": number, **asdict(label)}, ensure_ascii=False) + "\n"
+        self._write([((layer, number), label)])
+
+    def export(self, path: str | Path) -> int:
+        """Writes the newest label of each author of each feature to a file, a line of JSON each; returns how many.
+
+        A line has `layer`, `feature`, the fields of `Label`, and `suite`, the fingerprint of the suite that is labelled.
+
+        Raises:
+            QwenScopeError: the file cannot be written.
+        """
+        suite = {} if self.about is None else {"suite": self.about.fingerprint}
+        lines = [
+            _line(key, label, suite) for key, by in sorted(self._by_feature().items()) for label in self._ordered(by)
+        ]
+        with replacing(Path(path).expanduser()) as temporary:
+            temporary.write_bytes(b"".join(lines))
+        return len(lines)
+
+    def import_(self, path: str | Path) -> Imported:
+        """Adds the labels of a file like those that `export` writes; `layer`, `feature` and `text` are enough.
+
+        Lines that are no label of a feature of this index are left out, counted and named; so are labels of another suite,
+        where the line says of which. A label without an author is one by hand, one without a time is of now.
+
+        Raises:
+            QwenScopeError: the file cannot be read, or the labels cannot be written.
+        """
+        path = Path(path).expanduser()
+        added: dict[tuple[Key, str], Label] = {}
+        older, broken, broken_first = 0, 0, []
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                # A line that a crash cut short must not swallow this one.
-                start = b"\n" if file.tell() and not _ends_a_line(self.path) else b""
-                file.write(start + line.encode())
-                file.flush()
-                os.fsync(file.fileno())
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        key, label = self._imported(line, f"line {number} of {path}")
+                    except QwenScopeError as error:
+                        broken += 1
+                        broken_first += [str(error)] if broken <= SHOWN else []
+                        continue
+                    here = added.get((key, label.by)) or self._by_feature().get(key, {}).get(label.by)
+                    if here is not None and (_moment(here) > _moment(label) or here == label):
+                        older += 1
+                        continue
+                    added.pop((key, label.by), None)
+                    added[key, label.by] = label
         except OSError as error:
             raise QwenScopeError(
-                f"expected to write labels to {self.path}, found that it cannot be done ({error.strerror or error}); choose "
-                "another place for the index"
+                f"expected a file of labels at {path}, found none that reads ({error.strerror or error}); check the path"
             ) from error
+        if added:
+            self._write([(key, label) for (key, _), label in added.items()])
+        return Imported(len(added), older, broken, broken_first)
 
     def to_table(self) -> pa.Table:
         """The labels that count, a row each."""
@@ -98,29 +167,68 @@ class Labels:
         """A word that changes whenever a label is added."""
         return hashlib.sha256(repr(self._state()).encode()).hexdigest()[:16]
 
+    def _imported(self, line: bytes, where: str) -> tuple[Key, Label]:
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise QwenScopeError(f"expected a line of JSON in {where}, found none ({error}); correct it") from error
+        (layer, number), label = label_of(row, where)
+        if not label.text:
+            raise QwenScopeError(f"expected a text in {where}, found an empty one; correct it")
+        if self.about is not None:
+            if number >= self.about.layers.get(layer, 0):
+                raise QwenScopeError(
+                    f"expected a feature of this index in {where}, found {layer}/{number}; take labels of its layers"
+                )
+            if row.get("suite", self.about.fingerprint) != self.about.fingerprint:
+                raise QwenScopeError(
+                    f"expected labels of the suite {self.about.fingerprint} in {where}, found {str(row['suite'])[:80]!r}; take "
+                    "those of this suite"
+                )
+        return (layer, number), label if label.time else replace(label, time=now())
+
+    def _write(self, labels: list[tuple[Key, Label]]) -> None:
+        """Adds lines in one go, so that those of several writers do not mix."""
+        labels = [
+            (key, replace(label, text=clean(label.text), by=clean(label.by), time=label.time or now()))
+            for key, label in labels
+        ]
+        data = b"".join(_line(key, label) for key, label in labels)
+        before = self._state()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                # A line that a crash cut short must not swallow this one.
+                start = b"\n" if file.tell() and not _ends_a_line(self.path) else b""
+                file.write(start + data)
+                file.flush()
+                os.fsync(file.fileno())
+                stat = os.fstat(file.fileno())
+        except OSError as error:
+            raise QwenScopeError(
+                f"expected to write labels to {self.path}, found that it cannot be done ({error.strerror or error}); choose "
+                "another place for the index"
+            ) from error
+        # If nobody else wrote meanwhile, what was read is still right, and a long run need not read it all each time.
+        size = before[1][1] if before[1] else 0
+        if before == self._read_at and stat.st_size == size + len(start) + len(data):
+            _take(self._found, labels)
+            self._read_at = before[0], (stat.st_mtime_ns, stat.st_size)
+
     def _ordered(self, by: dict[str, Label]) -> list[Label]:
         newest_first = [label for label in reversed(by.values()) if label.text]
         return sorted(newest_first, key=lambda label: label.by != HAND)
 
-    def _state(self) -> tuple[object, ...]:
-        found = []
-        for path in (self.below, self.path):
-            try:
-                stat = path.stat() if path else None
-                found.append(stat and (stat.st_mtime_ns, stat.st_size))
-            except OSError:
-                found.append(None)
-        return tuple(found)
+    def _state(self) -> _State:
+        return _stat(self.below), _stat(self.path)
 
     def _by_feature(self) -> dict[Key, dict[str, Label]]:
         state = self._state()
         if state != self._read_at:
-            found: dict[Key, dict[str, Label]] = defaultdict(dict)
+            self._found = {}
             for path in (self.below, self.path):
-                for key, label in _lines(path) if path else ():
-                    found[key].pop(label.by, None)
-                    found[key][label.by] = label
-            self._found, self._read_at = dict(found), state
+                _take(self._found, _lines(path) if path else ())
+            self._read_at = state
         return self._found
 
 
@@ -148,17 +256,23 @@ def label_of(row: object, where: str) -> tuple[Key, Label]:
     layer, number, text = found.get("layer"), found.get("feature"), found.get("text")
     numbers = [found.get(name) for name in ("score", "control")]
     if not (
-        (type(layer) is int and layer >= 0)
-        and (type(number) is int and number >= 0)
+        (type(layer) is int and 0 <= layer < 2**31)
+        and (type(number) is int and 0 <= number < 2**31)
         and isinstance(text, str)
-        and all(value is None or isinstance(value, int | float) for value in numbers)
+        and all(value is None or (isinstance(value, int | float) and 0 <= value <= 1) for value in numbers)
     ):
         raise QwenScopeError(
-            f"expected an object with layer, feature and text in {where}, found {repr(row)[:80]}; correct it"
+            f"expected an object with layer, feature and text, and scores from 0 to 1, in {where}, found {repr(row)[:80]}; "
+            "correct it"
         )
     score, control = (None if value is None else float(value) for value in numbers)
-    prompt = None if found.get("prompt") is None else str(found["prompt"])
-    return (layer, number), Label(text, str(found.get("by", HAND)), score, control, prompt, str(found.get("time", "")))
+    by, prompt, time = (clean(str(found.get(name) or "")) for name in ("by", "prompt", "time"))
+    return (layer, number), Label(clean(text), by or HAND, score, control, prompt or None, time)
+
+
+def clean(text: str) -> str:
+    """A text on one line, without characters that would do something to a terminal."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def now() -> str:
@@ -180,7 +294,7 @@ def _lines(path: Path) -> Iterator[tuple[Key, Label]]:
             for line in file:
                 try:
                     yield label_of(json.loads(line), str(path))
-                except (ValueError, QwenScopeError):
+                except (ValueError, RecursionError):  # a QwenScopeError is a ValueError
                     continue
     except OSError:
         return
@@ -190,3 +304,32 @@ def _ends_a_line(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"
+
+
+def _take(found: dict[Key, dict[str, Label]], labels: Iterable[tuple[Key, Label]]) -> None:
+    """Adds labels to those found before, the newest of each author last."""
+    for key, label in labels:
+        by = found.setdefault(key, {})
+        by.pop(label.by, None)
+        by[label.by] = label
+
+
+def _line(key: Key, label: Label, more: dict[str, str] | None = None) -> bytes:
+    row = {"layer": key[0], "feature": key[1], **asdict(label), **(more or {})}
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def _moment(label: Label) -> datetime:
+    """When a label was written; one whose time cannot be read is older than all others."""
+    try:
+        return datetime.fromisoformat(label.time).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return datetime.min.replace(tzinfo=UTC)
+
+
+def _stat(path: Path | None) -> tuple[int, int] | None:
+    try:
+        stat = path.stat() if path else None
+    except OSError:
+        return None
+    return stat and (stat.st_mtime_ns, stat.st_size)
