@@ -82,7 +82,7 @@ def reader(question: str) -> Reply:
     """Answers as a perfect model of the index above would: it names what is marked, and picks texts that contain a label."""
     if marks := re.findall(r"<<(\w+)>>", question.partition("Texts:")[2]):
         return completion(max(set(marks), key=marks.count))
-    label = question.rpartition("Which contain this: ")[2]
+    label = question.partition("Asked for: ")[2].partition("\n")[0]
     texts = re.findall(r"^(\d+)\. (.*)$", question, re.MULTILINE)
     return completion(", ".join(number for number, text in texts if label in text) or "none")
 

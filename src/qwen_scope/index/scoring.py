@@ -161,7 +161,7 @@ def score(
 
 def _asked(texts: Sequence[str], label: str) -> str:
     numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-    return f"{numbered}\n\nWhich contain this: {label}"
+    return f"Asked for: {label}\n\n{numbered}\n\nNumbers of the texts that contain it:"
 
 
 def mixtures_of(
