@@ -18,13 +18,13 @@ import machine
 import torch
 from timing import short
 
+from qwen_scope.stopping import Stop
 from qwen_scope.training.blocks import kept_rows, read_block
 from qwen_scope.training.config import TrainConfig
 from qwen_scope.training.group import Group
 from qwen_scope.training.plan import Plan
 from qwen_scope.training.run import Run
 from qwen_scope.training.run_config import RunConfig
-from qwen_scope.training.stopping import Stop
 from qwen_scope.training.trainer import SAETrainer
 
 

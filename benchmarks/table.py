@@ -34,7 +34,16 @@ def tables(name: str, results: Path) -> str:
     if name == "quality-summary":
         return quality_summary(read(results, "quality"))
     found = read(results, name)
-    made = {"encode": encode, "training": training, "quality": quality, "layers": layers, "load": load}
+    made = {
+        "encode": encode,
+        "training": training,
+        "quality": quality,
+        "pipeline": pipeline,
+        "layers": layers,
+        "load": load,
+        "harvest": harvest,
+        "index": index,
+    }
     return made[found["benchmark"]](found)
 
 
@@ -120,6 +129,56 @@ def quality_summary(found: Found) -> str:
     )
     head = ["trainer", "learning rate", *FIGURES, "tokens per second", "qwen_scope is faster"]
     return f"{about}\n\n{table(head, rows)}\n"
+
+
+def pipeline(found: Found) -> str:
+    parameters, speeds = found["parameters"], found["tokens_per_second"]
+    rows = [[name, f"{speeds[name]:.0f}"] for name in ("reading", "training", "together")]
+    layers = ", ".join(map(str, parameters["layers"]))
+    about = (
+        f"Layer {layers} of the bundled model, bfloat16, {parameters['d_sae']} features, k = {parameters['k']}, "
+        f"{parameters['tokens']} tokens, {conditions(found)} Medians of {parameters['rounds']} rounds. Both together reach "
+        f"{speeds['share_of_the_slower_half']:.0%} of the slower half."
+    )
+    return f"{about}\n\n{table(['what', 'tokens per second'], rows)}\n"
+
+
+def harvest(found: Found) -> str:
+    rows = [
+        [
+            ", ".join(map(str, r["layers"])),
+            f"{r['tokens_per_second']['model']:.0f}",
+            f"{r['tokens_per_second'][OURS]:.0f}",
+            share(r),
+        ]
+        for r in found["results"]
+    ]
+    whole, parameters = found["whole"], found["parameters"]
+    about = (
+        f"The bundled model in {parameters['dtype']}, {conditions(found)} Medians of {parameters['rounds']} interleaved "
+        "rounds, in brackets the quartiles."
+    )
+    after = (
+        f"A whole harvest of layers {', '.join(map(str, whole['layers']))} ({whole['features']} features) over "
+        f"{whole['tokens']} tokens, from text to index: {whole['seconds']:.0f} s, at most {mib(whole['peak_mib'])} of memory in "
+        f"all, {whole['index_bytes'] / 1e6:.0f} MB of index."
+    )
+    head = ["layers", "tokens per second, model alone", "harvesting", "share"]
+    return f"{about}\n\n{table(head, rows)}\n\n{after}\n"
+
+
+def share(r: Found) -> str:
+    low, high = r["times_as_fast_quartiles"]["model"]
+    return f"{r['times_as_fast']['model']:.0%} ({low:.0%}–{high:.0%})"
+
+
+def index(found: Found) -> str:
+    rows = [[name, duration(r["seconds"]), duration(r["worst_seconds"])] for name, r in found["results"].items()]
+    about = (
+        f"An index of {found['parameters']['features']} features, {conditions(found)} The search's database is made once, in "
+        f"{duration(found['search_built_seconds'])}."
+    )
+    return f"{about}\n\n{table(['what', 'median', 'worst'], rows)}\n"
 
 
 FIGURES = ("FVU", "never fired", "not lately")

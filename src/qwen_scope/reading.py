@@ -1,6 +1,6 @@
 """Texts through a backbone in batches: the one place that pads, masks and keeps to the model's context."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,19 +99,21 @@ def read_rows(
     *,
     forward_tokens: int = BATCH_TOKENS,
     held_bytes: int | None = None,
-    progress: bool = True,
+    told: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[list[int], dict[int, Float[Tensor, "tokens d_model"]]]]:
     """The residuals of real tokens alone, of as many texts at a time as `held_bytes` hold at all layers together (by default
     `RESIDUAL_BYTES`).
 
     Gives which texts they are, in the order of their rows, and each layer's rows. So each layer's SAE is needed once for
-    many batches, not once for each: what makes suites bearable that do not fit into memory. For the other arguments and
-    errors see `read`.
+    many batches, not once for each: what makes suites bearable that do not fit into memory. `told` is called after each
+    pass of the model with the number of its tokens, and no bar is shown. For the other arguments and errors see `read`.
     """
     order: list[int] = []
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     held = 0
-    for batch, residuals in read(texts, backbone, layers, forward_tokens=forward_tokens, progress=progress):
+    for batch, residuals in read(texts, backbone, layers, forward_tokens=forward_tokens, progress=told is None):
+        if told is not None:
+            told(int(batch.real.sum()))
         rows = {layer: x[batch.real.to(x.device)] for layer, x in residuals.items()}
         size = sum(x.nbytes for x in rows.values())
         if order and held + size > (held_bytes or RESIDUAL_BYTES):

@@ -134,6 +134,9 @@ def _lists(values: pa.Array, lengths: np.ndarray) -> pa.Array:
 def _examples(chosen: Chosen, texts: TokenTexts) -> pa.Table:
     lengths = chosen.inside.sum(axis=1)
     of = np.repeat(np.arange(len(chosen)), lengths)
+    weight = chosen.window.copy()
+    # The peak is always shown, whatever else of its character fires.
+    weight[np.arange(len(chosen)), chosen.middle] = np.inf
     kinds = pa.array(["top", "range"]).take(pa.array(chosen.is_range.astype(np.int8)))
     columns = {
         "feature": pa.array(chosen.feature.astype(np.int32)),
@@ -147,7 +150,7 @@ def _examples(chosen: Chosen, texts: TokenTexts) -> pa.Table:
         "window_start": pa.array(chosen.window_start),
         "window_end": pa.array(chosen.window_end),
         "peak": pa.array(chosen.peak.astype(np.int16)),
-        "tokens": _lists(texts.running(chosen.ids[chosen.inside], of, chosen.window[chosen.inside]), lengths),
+        "tokens": _lists(texts.running(chosen.ids[chosen.inside], of, weight[chosen.inside]), lengths),
         "values": _lists(pa.array(chosen.window[chosen.inside].astype(np.float32)), lengths),
     }
     return pa.table([columns[name] for name in EXAMPLES.names], EXAMPLES.names)

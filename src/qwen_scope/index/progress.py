@@ -50,7 +50,7 @@ def _path(work: Path) -> Path:
 def write_partials(path: Path, partials: Mapping[int, Partial], metadata: dict[str, str]) -> None:
     """Writes partials by layer to one file, atomically."""
     tensors = {
-        f"{layer}/{name}": torch.from_numpy(np.ascontiguousarray(array))
+        f"{layer}/{name}": torch.from_numpy(np.asarray(array, order="C"))
         for layer, partial in partials.items()
         for name, array in partial.arrays().items()
     }

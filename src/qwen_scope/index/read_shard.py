@@ -18,8 +18,8 @@ from qwen_scope.reading import read_rows
 from qwen_scope.scope import Scope
 from qwen_scope.tokens import TokenizedText
 
-HELD_BYTES = 128 * 2**20
-"""Residuals of all layers held before they are encoded."""
+HELD_TOKENS, HELD_BYTES = 16384, 2**30
+"""Residuals of all layers held before they are encoded: so many tokens, or as many as that many bytes hold."""
 PAIR_ROWS = 2**20
 """Rows in a row group of pairs/*.parquet."""
 
@@ -39,14 +39,16 @@ def read_shard(
 
     Args:
         pairs: the index's folder, to write every (token, feature) pair to it too.
-        told: is called with the number of tokens done.
+        told: is called after each pass of the model with the number of its tokens.
     """
     texts = [TokenizedText("", ids.tolist(), [], []) for ids in np.split(shard.ids, shard.pieces[1:-1])]
     width = sum(keep.window) + 1
     found = {layer: Partial.none(scope.suite[layer].d_sae, scope.suite[layer].k, width) for layer in layers}
     written: dict[int, list[tuple[Chunk, np.ndarray]]] = {layer: [] for layer in layers}
+    token_bytes = len(layers) * scope.backbone.d_model * scope.backbone.model.dtype.itemsize
+    held_bytes = min(HELD_BYTES, HELD_TOKENS * token_bytes)
     for order, residuals in read_rows(
-        texts, scope.backbone, layers, forward_tokens=forward_tokens, held_bytes=HELD_BYTES, progress=False
+        texts, scope.backbone, layers, forward_tokens=forward_tokens, held_bytes=held_bytes, told=told
     ):
         starts, lengths = shard.pieces[order], np.diff(shard.pieces)[order]
         begins = np.cumsum(lengths) - lengths
@@ -66,7 +68,6 @@ def read_shard(
             found[layer] = found[layer].with_chunk(chunk, outliers, keep)
             if pairs is not None:
                 written[layer].append((chunk, place))
-        told(int(lengths.sum()))
     if pairs is not None:
         for layer in layers:
             _write_pairs(layer_folder(pairs, layer) / "pairs" / f"{shard.number:06}.parquet", shard, written.pop(layer))

@@ -42,9 +42,9 @@ class TokenTexts:
         ends = np.flatnonzero((np.diff(broken) != 1) | (np.diff(of[broken]) != 0)) + 1
         changed = texts.to_pylist()
         for run in np.split(broken, ends):
-            start = run[0]
-            while start <= run[-1]:
-                stop = self._character(ids, start, run[-1] + 1)
+            start, last = int(run[0]), int(run[-1])
+            while start <= last:
+                stop = self._character(ids, start, last + 1)
                 if stop > start + 1:
                     chosen = start + int(weight[start:stop].argmax())
                     changed[start:stop] = [""] * (stop - start)

@@ -1,0 +1,138 @@
+"""The engine `ray`: shards read by workers of a Ray cluster, joined here in their order.
+
+Ray Data hands numbers of shards to actors, each of which holds a model and its SAEs. Shards and what was found in them are
+files in the index's folder, which all workers must see. A shard whose file is there is not read again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.index.config import HarvestConfig
+from qwen_scope.index.partial import Keep, Partial
+from qwen_scope.index.progress import read_partials, write_partials
+from qwen_scope.index.shards import Shards
+
+
+def ray_partials(
+    folder: Path,
+    work: Path,
+    config: HarvestConfig,
+    layers: Sequence[int],
+    shards: Shards,
+    first: int,
+    told: Callable[[int], object],
+) -> Iterator[dict[int, Partial]]:
+    """What each shard from the first on holds, in their order, read by `config.workers` workers.
+
+    Raises:
+        QwenScopeError: Ray is not installed, or a worker failed; what others have done is kept.
+    """
+    ray = _ray()
+    done = work / "parts"
+    todo = [number for number in range(first, len(shards)) if not _part(done, number).exists()]
+    # What an earlier, interrupted harvest has read.
+    told(sum(shards.first(n + 1) - shards.first(n) for n in range(first, len(shards))) - _tokens(shards, todo))
+    finished = _results(ray, folder, work, config, layers, todo)
+    for number in range(first, len(shards)):
+        while not _part(done, number).exists():
+            read = next(finished, None)
+            if read is None:
+                raise QwenScopeError(
+                    f"expected shard {number} in {done}, found that no worker wrote it there; give all workers the same folder"
+                )
+            told(_tokens(shards, [read]))
+        yield read_partials(_part(done, number))[0]
+        _part(done, number).unlink()
+
+
+def _results(
+    ray: Any, folder: Path, work: Path, config: HarvestConfig, layers: Sequence[int], todo: list[int]
+) -> Iterator[int]:
+    """Numbers of shards as they are done."""
+    if not todo:
+        return
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"), logging_level=logging.ERROR, include_dashboard=False)
+    there = ray.cluster_resources()
+    gpus = 1 if config.device is None and there.get("GPU", 0) >= config.workers else 0
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = ray.data.from_items([{"shard": number} for number in todo], override_num_blocks=len(todo))
+    read = rows.map(
+        ShardReader,
+        fn_constructor_args=(config, str(folder.resolve()), str(work.resolve()), list(layers)),
+        concurrency=config.workers,
+        num_cpus=max(1, int(there.get("CPU", 1)) // config.workers),
+        num_gpus=gpus,
+    )
+    try:
+        for row in read.iter_rows():
+            yield int(row["shard"])
+    except (ray.exceptions.RayError, OSError) as error:
+        cause = getattr(error, "cause", None) or error
+        raise QwenScopeError(
+            f"expected all workers to read their shards, found that one failed ({_first_line(cause)}); mend that and run the "
+            "same command again: what was read is kept"
+        ) from error
+
+
+class ShardReader:
+    """A worker: reads the shards whose numbers it is given and writes what it found beside them."""
+
+    def __init__(self, config: HarvestConfig, folder: str, work: str, layers: list[int]):
+        from qwen_scope.index.harvest import open_scope
+
+        self.config, self.layers = config, layers
+        self.folder, self.work = Path(folder), Path(work)
+        self.scope = open_scope(config)
+        self.shards = Shards.open(self.work / "shards")
+        self.keep = Keep(config.examples, (config.before, config.after))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Reads one shard."""
+        from qwen_scope.index.read_shard import read_shard
+
+        number = int(row["shard"])
+        found = read_shard(
+            self.scope,
+            self.shards[number],
+            self.layers,
+            self.keep,
+            forward_tokens=self.config.forward_tokens,
+            pairs=self.folder if self.config.pairs else None,
+        )
+        write_partials(_part(self.work / "parts", number), found, {"shards": "1"})
+        return {"shard": number}
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"{number:06}.safetensors"
+
+
+def _tokens(shards: Shards, numbers: list[int]) -> int:
+    return sum(shards.first(n + 1) - shards.first(n) for n in numbers)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _ray() -> Any:
+    try:
+        ray = importlib.import_module("ray")
+        importlib.import_module("ray.data")
+    except ImportError as error:
+        raise QwenScopeError(
+            "expected the package ray for --engine ray, found it is not installed; run pip install 'qwen-scope[ray]'"
+        ) from error
+    return ray
