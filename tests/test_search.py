@@ -90,6 +90,8 @@ def test_words_of_nearly_all_features_do_not_hide_the_others(tmp_path: Path):
 def test_count_and_layers(index: FeatureIndex):
     assert len(index.search("the", count=3)) == 3
     assert {hit.layer for hit in index.search("the", layers=[2])} == {2}
+    assert index.search("the", layers=2) == index.search("the", layers=[2])
+    assert index.search("the", layers=[]) == []
     for layers, match in (([3], "layers 1, 2"), ([1, 7], "layers 1, 2")):
         with pytest.raises(QwenScopeError, match=match):
             index.search("the", layers=layers)

@@ -146,7 +146,7 @@ class FeatureIndex:
         query: str,
         *,
         count: int = 10,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int] | int | None = None,
         by: By = "words",
     ) -> list[Hit]:
         """Features whose label, tokens or examples are about something, best first; see `qwen_scope.index.search.search`.

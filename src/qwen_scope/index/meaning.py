@@ -45,12 +45,11 @@ class Meanings:
         self._rows = np.zeros(0, np.int64)
         self._vectors = np.zeros((0, _WIDTH), np.float32)
 
-    def nearest(self, query: str, count: int, layers: Sequence[int] | None) -> list[tuple[int, float]]:
+    def nearest(self, query: str, count: int, layers: Sequence[int]) -> list[tuple[int, float]]:
         """Row numbers (see `qwen_scope.index.words.row_of`) of the features nearest to a query, and the cosines."""
         self._follow_labels()
         cosines = self._vectors @ self._encoder([query])[0]
-        if layers:
-            cosines[~np.isin(self._rows >> 32, layers)] = -np.inf
+        cosines[~np.isin(self._rows >> 32, layers)] = -np.inf
         best = np.argsort(-cosines, kind="stable")[:count]
         return [(int(self._rows[n]), float(cosines[n])) for n in best if np.isfinite(cosines[n])]
 

@@ -42,7 +42,7 @@ _FRAGMENT_CSS = """
 .qs figure svg{display:block;width:100%;height:6rem;fill:rgba(99,102,241,.7)}
 .qs figcaption,.qs .ends{font-size:.85rem;opacity:.75}
 .qs .ends{display:flex;justify-content:space-between;margin:0 0 .35rem}
-.qs .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(15rem,100%),1fr));gap:0 2.5rem}
+.qs .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(15rem,100%),1fr));gap:0 2.5rem;align-items:start}
 .qs table{border-collapse:collapse;width:100%;margin:0 0 1.75rem;text-align:start}
 .qs caption{text-align:start;caption-side:top;padding:0 0 .35rem}
 .qs th,.qs td{padding:.3rem .75rem .3rem 0;text-align:start;vertical-align:baseline;border-top:1px solid rgba(127,127,140,.25)}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from unicodedata import normalize
@@ -21,10 +20,8 @@ Where = Literal["label", "top tokens", "promoted", "examples"]
 _PLACES: tuple[Where, ...] = get_args(Where)
 By = Literal["words", "meaning"]
 
-_COLUMNS = "50, 10, 3, 1"
+_COLUMNS = "50, 10, 1, 1"
 """What a word counts in each of `Where`. BM25 levels off, so a label must count far more to count a little more."""
-_CANDIDATES = 200
-"""Best by BM25, among which those that match more of the words come first."""
 _MOST_WORDS = 32
 _MOST_COMMON_WORDS = 3
 _SNIPPET_WORDS = 16
@@ -40,12 +37,11 @@ class Hit:
     number: int
     """Which feature of the layer."""
     score: float
-    """How well it fits, higher for better. By words: BM25 times the share of the words that match, which compares within one
-    search only. By meaning: the cosine."""
+    """How well it fits, higher for better. By words: BM25, which compares within one search only. By meaning: the cosine."""
     label: Label | None
     """What it is about, if anybody has said so."""
     top_tokens: list[str]
-    """Tokens at which its examples peak, most frequent first."""
+    """Tokens at which its examples often peak, most frequent first."""
     where: Where | None
     """What matched, the one that counts most if several did; None by meaning."""
     snippet: str
@@ -68,7 +64,7 @@ def search(
     query: str,
     *,
     count: int = 10,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | int | None = None,
     by: By = "words",
 ) -> list[Hit]:
     """Features whose label, tokens or examples are about something, best first.
@@ -92,12 +88,13 @@ def search(
         raise QwenScopeError(f"expected a count of at least 1, found {count}; ask for one or more features")
     if by not in get_args(By):
         raise QwenScopeError(f"expected to search by {' or by '.join(get_args(By))}, found {by!r}; choose one of them")
-    for layer in layers or ():
+    wanted = index.layers if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    for layer in wanted:
         index.check((layer, 0))
     if by == "meaning":
-        return _by_meaning(index, query, count, layers)
+        return _by_meaning(index, query, count, wanted)
     terms = terms_of(query)
-    within = f"(rowid >> 32) IN ({', '.join(map(str, layers))})" if layers else "1"
+    within = f"(rowid >> 32) IN ({', '.join(map(str, wanted))})"
     return _by_words(index, terms, count, within) if terms else _by_sign(index, query, count, within)
 
 
@@ -117,36 +114,25 @@ def terms_of(query: str) -> list[str]:
 
 
 def _by_words(index: FeatureIndex, terms: list[str], count: int, within: str) -> list[Hit]:
-    weights = _weights(index.words, terms)
-    if not weights:
+    terms = _telling(index.words, terms)
+    if not terms:
         return []
-    anything = " OR ".join(weights)
-    found = index.words.select(
-        f"SELECT rowid, -bm25(words, {_COLUMNS}) FROM words WHERE words MATCH ? AND {within} ORDER BY 2 DESC LIMIT ?",
-        [anything, max(count, _CANDIDATES)],
-    )
-    matched = dict.fromkeys((row for row, _ in found), 0.0)
-    for term, weight in weights.items():
-        for (row,) in index.words.select(f"SELECT rowid FROM words WHERE words MATCH ? AND {_among(matched)}", [term]):
-            matched[row] += weight / sum(weights.values())
-    scores = {row: score * matched[row] for row, score in found}
-    best = sorted(scores, key=lambda row: (-scores[row], row))[:count]
     snippets = ", ".join(f"snippet(words, {n}, '{_ON}', '{_OFF}', '…', {_SNIPPET_WORDS})" for n in range(len(_PLACES)))
     rows = index.words.select(
-        f"SELECT rowid, tokens, {snippets} FROM words WHERE words MATCH ? AND {_among(best)}", [anything]
+        f"SELECT rowid, -bm25(words, {_COLUMNS}), tokens, {snippets} FROM words WHERE words MATCH ? AND {within} "
+        "ORDER BY 2 DESC, 1 LIMIT ?",
+        [" OR ".join(terms), count],
     )
-    pieces = {row: (tokens, _first(snippets)) for row, tokens, *snippets in rows}
-    return [_hit(index, row, scores[row], pieces[row][0], *pieces[row][1]) for row in best]
+    return [_hit(index, row, score, tokens, *_first(snippets)) for row, score, tokens, *snippets in rows]
 
 
-def _weights(words: Words, terms: list[str]) -> dict[str, float]:
-    """What each term tells, the more the rarer it is; without those of more than half the features, unless all are such."""
+def _telling(words: Words, terms: list[str]) -> list[str]:
+    """The terms that are anywhere, without those of more than half the features, unless all are such."""
     ((features,),) = words.select("SELECT count(*) FROM words_docsize")
     found = {term: words.select("SELECT count(*) FROM words WHERE words MATCH ?", [term])[0][0] for term in terms}
     # Time goes into the features that match, so this bounds it too.
     common = sorted(filter(found.get, terms), key=lambda term: found[term])[:_MOST_COMMON_WORDS]
-    told = [term for term in terms if 0 < found[term] <= features / 2] or common
-    return {term: math.log(1 + features / found[term]) for term in told}
+    return [term for term in terms if 0 < found[term] <= features / 2] or common
 
 
 def _first(snippets: Sequence[str]) -> tuple[Where, str]:
@@ -170,11 +156,10 @@ def _by_sign(index: FeatureIndex, query: str, count: int, within: str) -> list[H
     ]
 
 
-def _by_meaning(index: FeatureIndex, query: str, count: int, layers: Sequence[int] | None) -> list[Hit]:
+def _by_meaning(index: FeatureIndex, query: str, count: int, layers: Sequence[int]) -> list[Hit]:
     best = index.meanings.nearest(query, count, layers)
-    rows = index.words.select(
-        f"SELECT rowid, tokens, substr(contexts, 1, 200) FROM words WHERE {_among([row for row, _ in best])}"
-    )
+    chosen = ", ".join(str(row) for row, _ in best)
+    rows = index.words.select(f"SELECT rowid, tokens, substr(contexts, 1, 200) FROM words WHERE rowid IN ({chosen})")
     found = {row: (tokens, None, contexts.partition(BETWEEN)[0]) for row, tokens, contexts in rows}
     return [_hit(index, row, score, *found[row]) for row, score in best]
 
@@ -194,8 +179,3 @@ def _hit(index: FeatureIndex, row: int, score: float, tokens: str, where: Where 
 def _clean(query: str) -> str:
     # FTS5 ends at a null character, and SQLite takes no lone surrogates.
     return normalize("NFC", query.encode("utf-8", "replace").decode()).replace("\0", " ")
-
-
-def _among(rows: Iterable[int]) -> str:
-    # The plus keeps SQLite from looking up row by row, which takes long for words of which only the beginning is given.
-    return f"+rowid IN ({', '.join(map(str, rows))})"

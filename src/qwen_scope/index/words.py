@@ -1,7 +1,7 @@
 """The words of an index by feature, in SQLite's full-text search: derived from the index, kept in the cache.
 
-One row per feature: its label, the tokens it peaks at, those it promotes, and its strongest examples. The rows are written
-once; a label that changes is followed by writing its row again.
+One row per feature: its label, the tokens it often peaks at, those it promotes, and its strongest examples. The rows are
+written once; a label that changes is followed by writing its row again.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 FORM = 1
 """Counts up when the database changes its form, so that no older one is read."""
-EXAMPLES_READ = 6
+EXAMPLES_READ = 10
 """Strongest examples of a feature whose words count."""
+OFTEN = 0.1
+"""Share of a feature's examples that must peak at a token for it to count as one of its tokens; the first always does."""
 BETWEEN = "\x1f"
-"""Stands between tokens and between examples, where no word or phrase can cross it."""
+"""Stands between tokens and between examples; a blank to SQLite."""
 UNSPACED = "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
 """Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 JOINT = "\u200b"
@@ -220,6 +222,8 @@ def _build(connection: sqlite3.Connection, index: FeatureIndex, identity: str) -
     connection.execute("INSERT INTO words(words) VALUES ('optimize')")
     connection.execute("INSERT INTO about VALUES (?)", [identity])
     connection.execute("COMMIT")
+    # One in memory lives on, and labels are written to it whole or not at all.
+    connection.execute("PRAGMA journal_mode = MEMORY")
 
 
 def _rows(index: FeatureIndex, layer: int, start: int, stop: int) -> list[tuple[int, str, str, str]]:
@@ -234,24 +238,28 @@ def _rows(index: FeatureIndex, layer: int, start: int, stop: int) -> list[tuple[
     return [
         (
             row_of(layer, number),
-            spaced(tokens),
+            spaced(BETWEEN.join(tokens.split(BETWEEN)[: max(1, sum(share >= OFTEN for share in shares))])),
             "" if dead else spaced(promoted),
             spaced(BETWEEN.join(contexts.get(number, ()))),
         )
-        for number, dead, tokens, promoted in zip(
+        for number, dead, tokens, shares, promoted in zip(
             features.column("feature").to_pylist(),
             features.column("dead").to_pylist(),
             _texts(features.column("top_tokens")),
+            _lists(features.column("top_tokens"), "value").to_pylist(),
             _texts(features.column("promoted")),
             strict=True,
         )
     ]
 
 
-def _texts(column: pa.ChunkedArray) -> list[str]:
+def _texts(tokens: pa.ChunkedArray) -> list[str]:
     """The texts of each row's tokens in one."""
-    found: list[str] = []
-    for chunk in column.chunks:
-        texts = pa.ListArray.from_arrays(chunk.offsets, chunk.values.field("token"))
-        found += pc.call_function("binary_join", [texts, BETWEEN]).to_pylist()
-    return found
+    return pc.call_function("binary_join", [_lists(tokens, "token"), BETWEEN]).to_pylist()
+
+
+def _lists(tokens: pa.ChunkedArray, field: str) -> pa.ChunkedArray:
+    """One field of each row's tokens."""
+    return pa.chunked_array(
+        [pa.ListArray.from_arrays(chunk.offsets, chunk.values.field(field)) for chunk in tokens.chunks]
+    )
