@@ -22,6 +22,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/layers.py --folder build
 	$(BIN)/python benchmarks/load.py --folder build
+	$(BIN)/python benchmarks/harvest.py --folder build
+	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/table.py
 
 docs: $(VENV)/.installed-dev

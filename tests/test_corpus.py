@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_scope import QwenScopeError
-from qwen_scope.corpus import documents
+from qwen_scope.corpus import documents, located
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 # No surrogates, which are no Unicode text, and no zero byte, which marks binary files.
@@ -444,3 +444,64 @@ def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(QwenScopeError, match=rf"package {module} to read {source}.* pip install 'qwen-scope\[train\]'"):
         next(documents(source))
+
+
+# What is broken, told and passed over
+
+
+def told(source: Path, **options: Any) -> tuple[list[tuple[str, Any]], list[str]]:
+    broken: list[str] = []
+    return list(located(source, broken=broken.append, **options)), broken
+
+
+def test_documents_come_with_their_places(tmp_path: Path):
+    write(tmp_path / "a.txt", "one")
+    write_lines(tmp_path / "b.jsonl", {"text": "two"}, {"text": " "}, {"text": "three"})
+    found, broken = told(tmp_path)
+    assert [document for _, document in found] == ["one", "two", "three"]
+    assert [place.replace(str(tmp_path), "") for place, _ in found] == [
+        "/a.txt",
+        "line 1 of /b.jsonl",
+        "line 3 of /b.jsonl",
+    ]
+    assert broken == []
+
+
+def test_later_pieces_of_a_long_text_say_where_they_begin(tmp_path: Path):
+    text = "a line of text\n" * 100_000
+    found, _ = told(write(tmp_path / "a.txt", text))
+    start = len(found[0][1])
+    assert found[1][0].endswith(f"a.txt from character {start}")
+    assert text[start:].startswith(found[1][1])
+
+
+def test_broken_lines_are_told_and_passed_over(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{broken\n[1]\n{"text": 5}\n{"text": "two"}\n')
+    found, broken = told(path)
+    assert [document for _, document in found] == ["one", "two"]
+    assert [f"line {n} of" in sentence for n, sentence in zip((2, 3, 4), broken, strict=True)] == [True] * 3
+    with pytest.raises(QwenScopeError, match="line 2"):
+        list(located(path))
+
+
+def test_rows_with_odd_quotes_are_told_and_passed_over(tmp_path: Path):
+    path = write(tmp_path / "a.csv", 'text,n\none,1\n"two"x,2\nthree,3\n')
+    found, broken = told(path)
+    assert [document for _, document in found] == ["one", "three"]
+    assert len(broken) == 1
+    assert "quotes" in broken[0]
+
+
+def test_files_that_break_their_promise_are_told_and_passed_over(tmp_path: Path):
+    write(tmp_path / "a.txt", b"\0\1\2")
+    write(tmp_path / "b.parquet", b"no table")
+    write(tmp_path / "c.txt", "text")
+    write(tmp_path / "d.bin", b"\0")  # promises nothing, so it is not even told
+    found, broken = told(tmp_path)
+    assert [document for _, document in found] == ["text"]
+    assert len(broken) == 2
+
+
+def test_a_corpus_of_broken_lines_only_is_refused(tmp_path: Path):
+    with pytest.raises(QwenScopeError, match="found only blank ones or none"):
+        told(write(tmp_path / "a.jsonl", "{broken\n"))

@@ -32,6 +32,8 @@ def demo(scope: "Scope") -> None:
     print(
         "\nNext:\n"
         '  qwen-scope features "any text of yours" --layer 15 --top 5   features of each token; --json for programs\n'
+        '  qwen-scope search "football match" --layer 15                which features are about something\n'
+        "  qwen-scope show 15/123                                       what a feature does\n"
         "  qwen-scope check                                             how faithful the SAEs are, in figures\n"
         "  qwen-scope suites                                            the published suites for Qwen3 and Qwen3.5\n"
         '  qwen-scope features "…" --suite qwen3.5-2b-k50 --layer 12    the same on Qwen3.5-2B (downloads it)\n'
