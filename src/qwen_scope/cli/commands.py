@@ -13,6 +13,7 @@ import tyro
 
 from qwen_scope.cli.browse import Pages, Search, Show, Sql
 from qwen_scope.cli.common import Layers, Source, given_texts, names_of, print_json, quiet_loading
+from qwen_scope.cli.find import Find
 from qwen_scope.cli.harvest import Harvest
 from qwen_scope.cli.label import Label
 from qwen_scope.errors import QwenScopeError
@@ -207,5 +208,6 @@ Command = (
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Pages, tyro.conf.subcommand("pages")]
     | Annotated[Sql, tyro.conf.subcommand("sql")]
+    | Annotated[Find, tyro.conf.subcommand("find")]
 )
 """All commands."""
