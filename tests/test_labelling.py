@@ -393,13 +393,17 @@ def test_overload_and_errors_are_tried_again_as_the_server_asks(index: FeatureIn
         (Reply(403, "no"), "refuses the key that was sent", True),
         (Reply(404, '{"error": {"message": "no model of that name"}}'), "expected the model a model at", True),
         (Reply(400, '{"detail": "pinned to another model"}'), "pinned to another model", False),
+        (Reply(400, '{"error": {"message": "no such key: sk-12345"}}'), "no such key: …", False),
+        (Reply(200, "who is sk-12345?", {"Content-Type": "text/plain"}), "who is …?", False),
         (Reply(429, '{"error": {"message": "slow down"}}'), "limits the rate still at once", False),
         (Reply(500, "<html>" + "x" * 5000), "found that it cannot", False),
         (Reply(200, "{not JSON"), "found JSON that does not parse", False),
         (Reply(200, "<!doctype html>", {"Content-Type": "text/html"}), "doctype html", False),
         (Reply(200, "null"), "found None", False),
         (Reply(200, "[1, 2]"), "found [1, 2]", False),
+        (Reply(200, "[" * 100_000), "found JSON that does not parse", False),
         (Reply(200, '{"choices": []}'), "expected an answer in text", False),
+        (Reply(200, '{"choices": {"0": 1}}'), "expected an answer in text", False),
         (Reply(200, '{"choices": [{"message": "hello"}]}'), "expected an answer in text", False),
         (completion(None), "found an empty one", False),
         (completion(" \n "), "found an empty one", False),
@@ -422,9 +426,32 @@ def test_whatever_an_endpoint_does_is_a_sentence(
     assert set(server.keys) == {"Bearer sk-12345"}
 
 
-def test_thoughts_are_no_part_of_an_answer():
-    with serving(lambda _: completion("<think>\nhm, 1, 2\n</think>\n\n3")) as server:
+# Some templates put the opening mark into the question.
+@pytest.mark.parametrize(
+    "thoughts", ["<think>\nhm, 1, 2\n</think>", "hm, 1, 2\n</think>", "<think>1</think><think>2</think>"]
+)
+def test_thoughts_are_no_part_of_an_answer(thoughts: str):
+    with serving(lambda _: completion(f"{thoughts}\n\n3")) as server:
         assert ask(server).ask("hello") == "3"
+
+
+def test_a_line_break_after_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("A_KEY", "sk-12345\r\n")
+    with serving(reader) as server:
+        ask(server, key_variable="A_KEY").ask("Asked for: x")
+        assert server.keys == ["Bearer sk-12345"]
+    monkeypatch.setenv("A_KEY", "sk-1\n2345–")
+    with pytest.raises(QwenScopeError, match="expected a key of ASCII characters") as raised:
+        Endpoint("http://127.0.0.1:1/v1", "m", key_variable="A_KEY")
+    assert "2345" not in str(raised.value)
+
+
+def test_counts_of_tokens_that_are_no_numbers_count_nothing():
+    reply = completion("fine")
+    with serving(lambda _: reply._replace(body=reply.body.replace("10", '"ten"'))) as server:
+        endpoint = ask(server)
+        assert endpoint.ask("hello") == "fine"
+    assert (endpoint.tokens_read, endpoint.tokens_written) == (0, 2)
 
 
 def test_nobody_there_is_said_at_once():
@@ -581,6 +608,9 @@ def test_it_runs_where_an_event_loop_is_running_as_in_a_notebook(index: FeatureI
         ({"timeout": float("nan")}, "expected timeout"),
         ({"retries": -1}, "expected retries"),
         ({"concurrency": 0}, "expected concurrency"),
+        ({"address": "http://[::1/v1"}, "expected the address of an endpoint"),
+        ({"model": "hand "}, "expected the name of a model"),
+        ({"model": "two  blanks"}, "expected the name of a model"),
         ({"key_variable": "NO_SUCH_VARIABLE"}, "expected a key in the environment variable NO_SUCH_VARIABLE"),
     ],
 )

@@ -23,7 +23,8 @@ Key = TypeVar("Key", bound=Hashable)
 GIVE_UP = 5
 """Questions in a row without a usable answer after which no more are asked."""
 _POLL = 0.2  # seconds after which a Ctrl-C is looked for
-_THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+# Templates often put the opening mark into the question, so that the answer has the closing one alone.
+_THOUGHTS = re.compile(r"\A.*</think>|<think>.*", re.DOTALL)
 
 
 class EndpointError(QwenScopeError):
@@ -65,11 +66,12 @@ class Endpoint:
         concurrency: int = 4,
         answer_tokens: int = 256,
     ):
-        if not re.match(r"https?://[^/\s]", address):
+        if not _is_address(address):
             raise QwenScopeError(
                 f"expected the address of an endpoint, such as http://127.0.0.1:8000/v1, found {address!r}; give the whole of it"
             )
-        if not model.strip() or model == HAND:
+        # As it stands with the labels, where it must be found again and must not pass for a hand's.
+        if model != clean(model) or model in ("", HAND):
             raise QwenScopeError(
                 f"expected the name of a model, found {model!r}; give the one that the endpoint knows it by"
             )
@@ -101,10 +103,15 @@ class Endpoint:
         """Tokens of prompts so far, as the endpoint counts them; 0 if it does not."""
         self.tokens_written = 0
         """Tokens of answers so far, as the endpoint counts them."""
-        self._key = None if key_variable is None else os.environ[key_variable]
+        # A line break that came along out of a file is no part of it.
+        self._key = None if key_variable is None else os.environ[key_variable].strip()
+        if self._key is not None and not re.fullmatch("[!-~]+", self._key):
+            raise QwenScopeError(
+                f"expected a key of ASCII characters without blanks in the environment variable {key_variable}, found others; "
+                "export it again"
+            )
         # The same question should have the same answer.
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": answer_tokens}
-        _packages()
 
     def ask(self, *turns: str) -> str:
         """The answer to one question, or to the last turn of a talk: a user's and the model's turns, one after the other.
@@ -228,16 +235,16 @@ class Endpoint:
             raise self._nonsense(reason(error)) from error
         except openai.OpenAIError as error:
             raise self._in_words(error) from error
-        except ValueError as error:  # JSON that does not parse
+        except (ValueError, RecursionError) as error:  # JSON that does not parse
             raise self._nonsense(f"JSON that does not parse: {reason(error)}") from error
         try:
             text, cut = completion.choices[0].message.content, completion.choices[0].finish_reason == "length"
-        except (AttributeError, IndexError, TypeError):
-            raise self._nonsense(repr(completion)[:80]) from None
-        self.tokens_read += getattr(completion.usage, "prompt_tokens", None) or 0
-        self.tokens_written += getattr(completion.usage, "completion_tokens", None) or 0
+        except (AttributeError, LookupError, TypeError):
+            raise self._nonsense(repr(completion)) from None
+        self.tokens_read += _count(completion.usage, "prompt_tokens")
+        self.tokens_written += _count(completion.usage, "completion_tokens")
         if not isinstance(text, str | None):
-            raise self._nonsense(repr(text)[:80])
+            raise self._nonsense(repr(text))
         text = _THOUGHTS.sub("", text or "").strip()
         if not text and cut:
             raise EndpointError(
@@ -264,11 +271,16 @@ class Endpoint:
 
     def _nonsense(self, found: str) -> EndpointError:
         return EndpointError(
-            f"expected an answer in text from {self.address}, found {found}; check that the address is whole, most end in /v1"
+            f"expected an answer in text from {self.address}, found {self._quoted(found, 80)}; check that the address is whole, "
+            "most end in /v1"
         )
 
+    def _quoted(self, said: str, most: int) -> str:
+        """The beginning of what a server said, without the key, should it repeat that."""
+        return clean(said.replace(self._key, "…") if self._key else said)[:most]
+
     def _in_words(self, error: Exception) -> EndpointError:
-        """What an error of the openai package means here. What the server says of keys is not quoted: it may quote them."""
+        """What an error of the openai package means here."""
         openai, _ = _packages()
         where, tries = self.address, f"after {self.retries + 1} attempts" if self.retries else "at once"
         if isinstance(error, openai.APITimeoutError):
@@ -277,7 +289,7 @@ class Endpoint:
                 "concurrency"
             )
         if isinstance(error, openai.APIConnectionError):
-            cause = reason(error.__cause__ or error)
+            cause = self._quoted(reason(error.__cause__ or error), 200)
             return EndpointError(
                 f"expected an endpoint at {where}, found that it cannot be reached ({cause}); start it, or check the address",
                 final=True,
@@ -288,7 +300,7 @@ class Endpoint:
                 f"expected {where} to let us in, found that it refuses {sent}; export a valid one and name its variable",
                 final=True,
             )
-        said = _said(error)
+        said = self._quoted(_said(error), 200)
         if isinstance(error, openai.NotFoundError):
             return EndpointError(
                 f"expected the model {self.model} at {where}, found no such model or address ({said}); check both, most "
@@ -352,7 +364,21 @@ def _said(error: Any) -> str:
     """The status that an error of the package openai came with, and what the server said to it."""
     body = getattr(error, "body", None)
     words = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
-    return clean(f"{getattr(error, 'status_code', '')} {words or reason(error)}")[:200]
+    return f"{getattr(error, 'status_code', '')} {words or reason(error)}"
+
+
+def _count(usage: object, name: str) -> int:
+    """A count of tokens that an endpoint tells of, or 0 if it does not."""
+    found = getattr(usage, name, None)
+    return found if isinstance(found, int) else 0
+
+
+def _is_address(address: str) -> bool:
+    _, httpx = _packages()
+    try:
+        return re.match(r"https?://[^/\s]", address) is not None and bool(httpx.URL(address).host)
+    except (httpx.InvalidURL, ValueError):
+        return False
 
 
 def _without_refused(options: dict[str, Any], refusal: str) -> dict[str, Any]:
