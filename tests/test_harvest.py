@@ -3,12 +3,14 @@
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from qwen_scope.index import FeatureIndex
 from qwen_scope.index.config import HarvestConfig
 from qwen_scope.index.harvest import harvest
 from qwen_scope.index.layout import HALF_OCTAVES
+from qwen_scope.index.ray_engine import ShardReader, cpus_of_worker, ray_partials
 from qwen_scope.stopping import Stop, Stopped
 
 WORDS = ["the", "capital", "of", "France", "is", "Paris", "and", "Rome", "Italy", ",", "not", "Spain", "日本", "🙂"]
@@ -263,6 +266,17 @@ def test_a_stopped_harvest_goes_on_and_ends_the_same(undisturbed, corpus, config
     assert tables(folder) == tables(undisturbed)
 
 
+def stop_after(looks: int, monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
+    @contextmanager
+    def stopping():
+        yield StopsAfter(looks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen_scope.index.harvest.stopping", stopping)
+        with pytest.raises(Stopped):
+            call()
+
+
 def command(corpus: Path, folder: Path, config: HarvestConfig) -> list[str]:
     options = ["--model", config.model, "--suite", config.suite, "--layers", *map(str, config.layers)]
     for name in ("context", "shard_tokens", "examples", "before", "after"):
@@ -326,9 +340,33 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(undisturbed, corpus, config
 # On many machines
 
 
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
 def test_ray_gives_the_same(undisturbed, corpus, config, tmp_path):
     folder = tmp_path / "index"
     harvest(corpus, folder, replace(config, engine="ray", workers=2))
+    assert tables(folder) == tables(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "cores"),
+    [([2], 2, 1), ([2], 3, 1), ([16], 2, 8), ([16] * 4, 2, 16), ([16] * 4, 5, 8), ([16, 8], 2, 8), ([], 1, 1)],
+)
+def test_workers_have_no_more_cores_than_fit(machines: list[int], workers: int, cores: int):
+    assert cpus_of_worker(machines, workers) == cores
+
+
+def test_what_workers_have_read_is_kept_until_it_is_saved(undisturbed, corpus, config, scope, tmp_path, monkeypatch):
+    folder, work = tmp_path / "index", tmp_path / "index/harvest"
+    stop_after(0, monkeypatch, lambda: harvest(corpus, folder, config, scope))
+    reader = ShardReader(config, str(folder), str(work), [0, 2])
+    for number in range(len(reader.shards)):
+        reader({"shard": number})
+    parts = ray_partials(folder, work, config, [0, 2], reader.shards, 0, lambda tokens: None)
+    # Killed, with nothing saved of what was joined.
+    assert len(list(islice(parts, 3))) == 3
+    assert len(list((work / "parts").iterdir())) == len(reader.shards)
+    # All is read, so that no worker is needed.
+    harvest(corpus, folder, replace(config, engine="ray"))
     assert tables(folder) == tables(undisturbed)
 
 
@@ -351,6 +389,30 @@ def test_other_options_are_refused_and_named(corpus, config, tmp_path, monkeypat
             harvest(corpus, tmp_path, config)
     with pytest.raises(QwenScopeError, match="examples was 4 and is 9"):
         harvest(corpus, tmp_path, replace(config, examples=9))
+
+
+def test_other_weights_under_the_same_name_are_refused(corpus, config, scope, make_sae, tmp_path, monkeypatch):
+    stop_after(2, monkeypatch, lambda: harvest(corpus, tmp_path, config, scope))
+    saes = {layer: make_sae(seed=layer + 5) for layer in range(3)}
+    with pytest.raises(QwenScopeError, match="fingerprint was"):
+        harvest(corpus, tmp_path, config, Scope(scope.backbone, Suite.of(saes, name="tiny suite")))
+
+
+def test_pairs_of_a_harvest_that_was_given_up_do_not_count(corpus, config, scope, index, tmp_path, monkeypatch):
+    # Its shards are smaller, so it has more of them than the one that follows.
+    stop_after(40, monkeypatch, lambda: harvest(corpus, tmp_path, replace(config, shard_tokens=50), scope))
+    assert len(list(tmp_path.glob("layer2/pairs/*.parquet"))) > 10
+    shutil.rmtree(tmp_path / "harvest")
+    count = "SELECT count(*) AS n FROM pairs"
+    assert harvest(corpus, tmp_path, config, scope).sql(count).equals(index.sql(count))
+
+
+def test_a_folder_of_that_name_with_other_things_is_not_touched(corpus, config, scope, tmp_path):
+    (tmp_path / "harvest").mkdir()
+    (tmp_path / "harvest/mine.txt").write_text("dear to me")
+    with pytest.raises(QwenScopeError, match="found a folder of other things"):
+        harvest(corpus, tmp_path, config, scope)
+    assert [path.name for path in (tmp_path / "harvest").iterdir()] == ["mine.txt"]
 
 
 def test_two_harvests_in_one_folder(corpus, config, tmp_path):

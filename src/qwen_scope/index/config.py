@@ -85,5 +85,7 @@ class HarvestConfig:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between the options of two harvests so that one cannot go on as the other, as `name was … and is …`."""
     names = ["corpus", *(field.name for field in fields(HarvestConfig) if field.name not in FREE_TO_CHANGE)]
+    if "fingerprint" in before and "fingerprint" in now:  # of the SAEs' weights, known once they are loaded
+        names.append("fingerprint")
     pairs = [(name, before.get(name), now.get(name)) for name in names]
     return [f"{name} was {a!r} and is {b!r}" for name, a, b in pairs if a != b]

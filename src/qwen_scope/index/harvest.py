@@ -25,7 +25,9 @@ from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import replacing
 from qwen_scope.index.config import HarvestConfig, differences
 from qwen_scope.index.feature_index import FeatureIndex
+from qwen_scope.index.fingerprint import fingerprint
 from qwen_scope.index.finish import finish
+from qwen_scope.index.layout import layer_folder
 from qwen_scope.index.partial import Keep, Partial
 from qwen_scope.index.progress import Total
 from qwen_scope.index.read_shard import read_shard
@@ -76,6 +78,11 @@ def harvest(
         _agree_with_before(work, options)
         scope = scope or open_scope(config)
         layers = list(scope.layers if not config.layers else sorted(set(config.layers)))
+        # Under the same name there may be other weights by now.
+        options["fingerprint"] = fingerprint(scope.suite, layers)
+        _agree_with_before(work, options)
+        if not (work / "options.json").exists():
+            _without_old_pairs(folder, layers)
         shards = _shards(str(corpus), work / "shards", config, scope)
         with replacing(work / "options.json") as temporary:
             temporary.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
@@ -133,7 +140,7 @@ class Harvesting:
             def told(tokens: int) -> None:
                 bar.update(tokens)
                 if self.stop.asked:
-                    total.save(self.work)
+                    self._save(total)
                     raise Stopped(
                         f"stopped after {total.shards} of {len(self.shards)} shards and saved in {self.work}; run the same "
                         "command again to go on"
@@ -142,11 +149,18 @@ class Harvesting:
             for found in self._read(total.shards, told):
                 total.add(found, self.keep)
                 if time.monotonic() - saved_at > 60 * self.config.save_minutes:
-                    total.save(self.work)
+                    self._save(total)
                     saved_at = time.monotonic()
         # Writing the tables may fail, or be stopped.
-        total.save(self.work)
+        self._save(total)
         return total.layers
+
+    def _save(self, total: Total) -> None:
+        total.save(self.work)
+        # What workers of Ray have read is needed until it is in what was saved, or it would have to be read again.
+        for part in (self.work / "parts").glob("*.safetensors"):
+            if int(part.stem) < total.shards:
+                part.unlink()
 
     def _read(self, first: int, told: Callable[[int], object]) -> Iterator[dict[int, Partial]]:
         """What each shard from the first on holds, in their order."""
@@ -190,6 +204,13 @@ def _shards(corpus: str, folder: Path, config: HarvestConfig, scope: Scope) -> S
     )
 
 
+def _without_old_pairs(folder: Path, layers: list[int]) -> None:
+    """Removes the pairs of a harvest that was given up, or they would be taken for those of this one."""
+    for layer in layers:
+        for path in (layer_folder(folder, layer) / "pairs").glob("*.parquet"):
+            path.unlink()
+
+
 def _agree_with_before(work: Path, options: Mapping[str, Any]) -> None:
     path = work / "options.json"
     if path.exists() and (different := differences(read_json(path), dict(options))):
@@ -202,10 +223,15 @@ def _agree_with_before(work: Path, options: Mapping[str, Any]) -> None:
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
     """Keeps a second harvest out of the folder."""
+    lock = filelock.FileLock(work / "lock", timeout=0)
     try:
+        if work.is_dir() and any(work.iterdir()) and not (work / "lock").exists():
+            raise QwenScopeError(
+                f"expected to keep progress in {work}, found a folder of other things, which would be removed at the end; "
+                "choose another folder"
+            )
         work.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(work / "lock", timeout=0):
-            yield
+        lock.acquire()
     except filelock.Timeout as error:
         raise QwenScopeError(
             f"expected no other harvest at work in {work}, found one; wait for it, or choose another folder"
@@ -214,3 +240,7 @@ def _alone(work: Path) -> Iterator[None]:
         raise QwenScopeError(
             f"expected to write {work}, found that it cannot be done ({error.strerror or error}); choose another folder"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()

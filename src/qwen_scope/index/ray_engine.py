@@ -49,7 +49,6 @@ def ray_partials(
                 )
             told(_tokens(shards, [read]))
         yield read_partials(_part(done, number))[0]
-        _part(done, number).unlink()
 
 
 def _results(
@@ -61,6 +60,7 @@ def _results(
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), logging_level=logging.ERROR, include_dashboard=False)
     there = ray.cluster_resources()
+    machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     gpus = 1 if config.device is None and there.get("GPU", 0) >= config.workers else 0
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -71,7 +71,7 @@ def _results(
         ShardReader,
         fn_constructor_args=(config, str(folder.resolve()), str(work.resolve()), list(layers)),
         concurrency=config.workers,
-        num_cpus=max(1, int(there.get("CPU", 1)) // config.workers),
+        num_cpus=cpus_of_worker(machines, config.workers),
         num_gpus=gpus,
     )
     try:
@@ -116,6 +116,15 @@ class ShardReader:
 
 def _part(folder: Path, number: int) -> Path:
     return folder / f"{number:06}.safetensors"
+
+
+def cpus_of_worker(machines: Sequence[int], workers: int) -> int:
+    """How many CPU cores each of some workers can have, given those of each machine: a worker is on one machine.
+
+    More than fit would wait for ever. At least 1.
+    """
+    fits = (n for n in range(1, max(machines, default=0) + 1) if sum(cores // n for cores in machines) >= workers)
+    return max(fits, default=1)
 
 
 def _tokens(shards: Shards, numbers: list[int]) -> int:
