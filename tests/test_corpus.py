@@ -484,6 +484,14 @@ def test_broken_lines_are_told_and_passed_over(tmp_path: Path):
         list(located(path))
 
 
+def test_lines_that_are_not_utf_8_are_told_and_passed_over(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", b'{"text": "one"}\n{"text": "\xe9"}\n{"text": "\0"}\n{broken\n{"text": "two"}\n')
+    found, broken = told(path)
+    assert found == [(f"line 1 of {path}", "one"), (f"line 5 of {path}", "two")]
+    expected = ("no UTF-8 at offset 26", "a zero byte at offset 40", f"JSON in line 4 of {path}")
+    assert [words in sentence for words, sentence in zip(expected, broken, strict=True)] == [True] * 3
+
+
 def test_rows_with_odd_quotes_are_told_and_passed_over(tmp_path: Path):
     path = write(tmp_path / "a.csv", 'text,n\none,1\n"two"x,2\nthree,3\n')
     found, broken = told(path)
@@ -503,5 +511,5 @@ def test_files_that_break_their_promise_are_told_and_passed_over(tmp_path: Path)
 
 
 def test_a_corpus_of_broken_lines_only_is_refused(tmp_path: Path):
-    with pytest.raises(QwenScopeError, match="found only blank ones or none"):
+    with pytest.raises(QwenScopeError, match=r"found only blank ones or none \(expected JSON in line 1 of"):
         told(write(tmp_path / "a.jsonl", "{broken\n"))

@@ -77,6 +77,25 @@ def test_a_special_token_at_the_beginning_covers_nothing(tmp_path, make_tokenize
         assert tokenizer.decode(ids[1:]) == TEXTS[3][starts[1] : ends[-1]]
 
 
+def test_a_special_token_at_the_end_covers_nothing_there(tmp_path, make_tokenizer_with, documents_of):
+    tokenizer = make_tokenizer_with()
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <|im_end|>", None, [("<|im_end|>", 1)])
+    pieces = documents_of(write(tmp_path / "shards", [TEXTS[3]], tokenizer), TEXTS)
+    _, ids, starts, ends = pieces[-1]
+    assert ids[-1] == tokenizer.eos_token_id
+    assert starts[-1] == ends[-1] == len(TEXTS[3])
+
+
+def test_chats_that_the_template_does_not_take_are_counted(tmp_path, tokenizer):
+    chats = [[{"role": role, "content": "hello"}] for role in ("user", "alien", "user")]
+    shards = write(tmp_path / "shards", chats, tokenizer)
+    assert (shards.about.documents, shards.about.broken) == (2, 1)
+    assert "unknown role" in shards.about.broken_first[0]
+    assert sorted(set(shards[0].documents.tolist())) == [0, 2]
+
+
 def test_broken_lines_are_counted_and_the_first_named(tmp_path, tokenizer):
     def read(told):
         for n in range(30):

@@ -1,9 +1,10 @@
 """Documents as pieces of token ids that never cross a document's end, each token with its place in the document."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qwen_scope.errors import QwenScopeError
 from qwen_scope.tokens import Message, apply_template
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Piece(NamedTuple):
     """Whether the document, or a portion of `PORTION` characters of it, begins here."""
     spans: list[tuple[int, int]]
     """Characters [start, end) of the document that each token covers, of its rendered text for chat messages; empty if they
-    were not asked for. A special token that begins the piece covers none."""
+    were not asked for. A special token that begins the piece, or ends the text, covers none."""
 
 
 class _Portion(NamedTuple):
@@ -42,14 +43,15 @@ def cut(
     context: int,
     *,
     spans: bool = False,
+    broken: Callable[[str], object] | None = None,
 ) -> Iterator[Piece]:
     """Tokenizes documents and cuts them into pieces of at most `context` tokens.
 
     If the tokenizer begins texts with a special token, every piece begins with it. Chat messages go through the tokenizer's
-    template.
+    template; `broken` is told of those that it does not take, which are left out then, instead of raising.
     """
     bos: Any = tokenizer.bos_token_id
-    portions = groupby(_portions(documents, tokenizer), key=lambda portion: portion.from_template)
+    portions = groupby(_portions(documents, tokenizer, broken), key=lambda portion: portion.from_template)
     for from_template, same in portions:
         while some := _some(same):
             texts = [portion.text for portion in some]
@@ -76,6 +78,9 @@ def _cut(
     portion: _Portion, ids: list[int], places: list[tuple[int, int]], bos: int | None, context: int
 ) -> Iterator[Piece]:
     begin = 1 if ids and ids[0] == bos else 0
+    if len(places) > begin + 1 and tuple(places[-1]) == (0, 0):
+        # A special token that ends the text is said to be at its beginning.
+        places = [*places[:-1], (places[-2][1], places[-2][1])]
     for start in range(begin, len(ids), context - begin):
         end = start + context - begin
         spans = [(portion.start + a, portion.start + b) for a, b in places[start:end]]
@@ -84,11 +89,18 @@ def _cut(
         yield Piece(portion.document, ids[:begin] + ids[start:end], start == begin, spans)
 
 
-def _portions(documents: Any, tokenizer: Any) -> Iterator[_Portion]:
+def _portions(documents: Any, tokenizer: Any, broken: Callable[[str], object] | None) -> Iterator[_Portion]:
     """At most `PORTION` characters of a document at a time, and whether a chat template wrote them."""
     for number, document in enumerate(documents):
         from_template = not isinstance(document, str)
-        text = apply_template(document, tokenizer) if from_template else document
+        try:
+            text = apply_template(document, tokenizer) if from_template else document
+        except QwenScopeError as error:
+            # Without a template no chat can be read.
+            if broken is None or not tokenizer.chat_template:
+                raise
+            broken(str(error))
+            continue
         start = 0
         while start < len(text):
             end = start + PORTION

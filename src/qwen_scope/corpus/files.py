@@ -42,7 +42,7 @@ def json_rows(path: Path, column: str | None, broken: Broken = None) -> Iterator
 
 def json_lines(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """A row a line."""
-    lines = ((f"line {number} of {path}", line) for number, line in enumerate(_pieces(path, 1), 1))
+    lines = ((f"line {number} of {path}", line) for number, line in enumerate(_pieces(path, 1, broken), 1))
     whole = ((where, line) for where, line in lines if not line.isspace())
     yield from in_column(parsed_or_told(whole, _parsed, broken), column, broken)
 
@@ -72,28 +72,40 @@ def separated_rows(path: Path, column: str | None, broken: Broken = None) -> Ite
             yield f"line {rows.line_num} of {path}", row[index] if index < len(row) else None
 
 
-def _pieces(path: Path, size: int) -> Iterator[str]:
-    """A file's text in pieces of `size` bytes and the rest of the line; of size 1, its lines."""
+def _pieces(path: Path, size: int, broken: Broken = None) -> Iterator[str]:
+    """A file's text in pieces of `size` bytes and the rest of the line; of size 1, its lines. One that is told to be broken
+    comes as an empty line."""
     start = 0
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             while piece := file.read(size):
                 if b"\0" not in piece and not piece.endswith(b"\n"):
                     piece += file.readline()
-                if (nul := piece.find(b"\0")) >= 0:
-                    raise NotText(
-                        f"expected UTF-8 text in {path}, found a zero byte at offset {start + nul}, as in binary files; "
-                        "choose another file or save it as UTF-8"
-                    )
-                text = piece.decode()
+                try:
+                    text = _decoded(piece, start, path)
+                except NotText as error:
+                    if broken is None:
+                        raise
+                    broken(str(error))
+                    text = "\n"
                 yield text if start else text.removeprefix("\ufeff")
                 start += len(piece)
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(path, error) from error
+
+
+def _decoded(piece: bytes, start: int, path: Path) -> str:
+    if (nul := piece.find(b"\0")) >= 0:
+        raise NotText(
+            f"expected UTF-8 text in {path}, found a zero byte at offset {start + nul}, as in binary files; "
+            "choose another file or save it as UTF-8"
+        )
+    try:
+        return piece.decode()
     except UnicodeDecodeError as error:
         raise NotText(
             f"expected UTF-8 text in {path}, found no UTF-8 at offset {start + error.start}; save the file as UTF-8"
         ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(path, error) from error
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -71,15 +71,24 @@ def located(
     Raises:
         QwenScopeError: nothing there, no document in it, no such column, or a file, row or value that cannot be read.
     """
-    found = False
-    values = _values(source, column, split, config, streaming, broken)
-    for where, document in parsed_or_told(values, lambda v, w: None if v is None else as_document(v, w), broken):
+    found, first_broken = False, ""
+
+    def told(sentence: str) -> None:
+        nonlocal first_broken
+        first_broken = first_broken or f" ({sentence})"
+        if broken is not None:
+            broken(sentence)
+
+    tell = None if broken is None else told
+    values = _values(source, column, split, config, streaming, tell)
+    for where, document in parsed_or_told(values, lambda v, w: None if v is None else as_document(v, w), tell):
         if document is not None and not is_blank(document):
             found = True
             yield where, document
     if not found:
         raise QwenScopeError(
-            f"expected a corpus of at least one document in {source}, found only blank ones or none; choose another source"
+            f"expected a corpus of at least one document in {source}, found only blank ones or none{first_broken}; choose "
+            "another source"
         )
 
 

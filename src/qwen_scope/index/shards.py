@@ -176,7 +176,7 @@ def _write(folder: Path, read: Any, tokenizer: Any, context: int, shard_tokens: 
         _Places(folder / "documents.parquet") as places,
         tqdm(total=tokens, desc="tokenizing", unit="token", unit_scale=True, mininterval=1, leave=False) as bar,
     ):
-        for piece in cut(places.passing(read(told)), tokenizer, context, spans=True):
+        for piece in cut(places.passing(read(told)), tokenizer, context, spans=True, broken=told):
             documents += piece.document != last
             last = piece.document
             held.append(piece)

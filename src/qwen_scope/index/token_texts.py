@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class TokenTexts:
             weight: of the tokens of one character, the one of the highest weight gets it, and the others are empty.
         """
         texts = self.each(ids)
-        broken = np.flatnonzero(np.strings.find(texts.to_numpy(zero_copy_only=False).astype(str), BROKEN) >= 0)
+        broken = np.flatnonzero(pc.match_substring(texts, BROKEN).to_numpy(zero_copy_only=False))  # pyright: ignore
         if not len(broken):
             return texts
         ends = np.flatnonzero((np.diff(broken) != 1) | (np.diff(of[broken]) != 0)) + 1
