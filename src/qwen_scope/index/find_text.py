@@ -9,6 +9,7 @@ from qwen_scope.index.show import clip, line_width, share, visible
 if TYPE_CHECKING:
     from qwen_scope.index.find import Findings, Found, Read
 
+
 def findings_text(findings: Findings, width: int | None = None) -> str:
     """Findings for a terminal: a line per feature, then what they rest on and how far to trust them.
 
