@@ -61,7 +61,7 @@ class Cluster:
             f"{encoding / (model + encoding):.0%}",
             f"{cpu_hours:,.0f}",
             f"{part / 1e9:.1f} GB",
-            f"{16 * self.tokens / 1e9:,.0f} GB",
+            f"{12 * self.tokens / 1e9:,.0f} GB",
         ]
 
 
