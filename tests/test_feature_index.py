@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -271,6 +273,21 @@ def test_sql_over_documents_and_pairs(index: FeatureIndex):
 def test_sql_in_a_folder_of_an_odd_name(tmp_path: Path):
     index = write_index(tmp_path / "it's [1] *of* two?")
     assert index.sql("SELECT count(*) AS n FROM features").to_pylist() == [{"n": 192}]
+
+
+def test_columns_of_the_same_name_are_told_apart(index: FeatureIndex):
+    found = index.sql("SELECT 1 AS a, 2 AS a_2, 3 AS a, 4 AS a")
+    assert found.to_pylist() == [{"a": 1, "a_2": 2, "a_3": 3, "a_4": 4}]
+
+
+def test_ctrl_c_ends_a_query(index: FeatureIndex):
+    timer = threading.Timer(1.0, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            index.sql("SELECT count(*) FROM range(100000000000) a, range(1000) b WHERE hash(a.range + b.range) % 7 = 3")
+    finally:
+        timer.join()
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_words_of_nearly_all_features_do_not_hide_the_others(tmp_path: Path):
 
 def test_count_and_layers(index: FeatureIndex):
     assert len(index.search("the", count=3)) == 3
+    assert index.search("the", count=10**30) == index.search("the", count=len(index))
     assert {hit.layer for hit in index.search("the", layers=[2])} == {2}
     assert index.search("the", layers=2) == index.search("the", layers=[2])
     assert index.search("the", layers=[]) == []
@@ -242,6 +243,22 @@ def test_a_cache_that_cannot_be_written(index: FeatureIndex, cache: Path):
     index.label("1/7", "contract")
     assert names(index, "contract")[0] == "1/7"
     assert cache.read_text() == "a file where the folder should be"
+
+
+def test_a_database_that_may_not_be_read(index: FeatureIndex, monkeypatch: pytest.MonkeyPatch):
+    index.search("goal")
+    connect, asked = sqlite3.connect, []
+
+    def refuse_once(place, **options):
+        asked.append(place)
+        if asked == [path_of(index)]:
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(place, **options)
+
+    # Taking a file's permissions away would not keep root from reading it.
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen_scope.index.words.sqlite3.connect", refuse_once)
+        assert names(FeatureIndex.open(index.folder), "contract") == ["1/3", "2/3"]
 
 
 def test_a_database_that_another_process_holds(index: FeatureIndex, monkeypatch: pytest.MonkeyPatch):

@@ -91,6 +91,8 @@ def search(
     wanted = index.layers if layers is None else [layers] if isinstance(layers, int) else list(layers)
     for layer in wanted:
         index.check((layer, 0))
+    # SQLite takes no numbers of more than 64 bits.
+    count = min(count, len(index))
     if by == "meaning":
         return _by_meaning(index, query, count, wanted)
     terms = terms_of(query)

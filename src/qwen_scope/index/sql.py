@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +32,26 @@ def answer(index: FeatureIndex, query: str) -> pa.Table:
             raise QwenScopeError(
                 f"expected whole tables in {index.folder}, found that DuckDB cannot read them ({reason(error)}); harvest again"
             ) from error
-        try:
-            found = connection.sql(query)
-            if found is None:
-                raise QwenScopeError(f"expected a query with an answer, found {query!r}; begin it with SELECT")
-            return found.to_arrow_table()
-        except duckdb.Error as error:
-            raise QwenScopeError(
-                f"expected a query that DuckDB answers, found that it refuses ({reason(error)}); the tables are features, "
-                "examples, labels, documents and, where they were kept, pairs"
-            ) from error
+        # DuckDB itself does not always hear of Ctrl-C while it computes.
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(_table, connection, query)
+            try:
+                return found.result()
+            except KeyboardInterrupt:
+                connection.interrupt()
+                raise
+            except duckdb.Error as error:
+                raise QwenScopeError(
+                    f"expected a query that DuckDB answers, found that it refuses ({reason(error)}); the tables are features, "
+                    "examples, labels, documents and, where they were kept, pairs"
+                ) from error
+
+
+def _table(connection: Any, query: str) -> pa.Table:
+    found = connection.sql(query)
+    if found is None:
+        raise QwenScopeError(f"expected a query with an answer, found {query!r}; begin it with SELECT")
+    return _with_names_of_its_own(found.to_arrow_table())
 
 
 def _views(connection: Any, index: FeatureIndex) -> None:
@@ -56,6 +68,17 @@ def _views(connection: Any, index: FeatureIndex) -> None:
     if (documents := index.folder / "documents.parquet").is_file():
         connection.execute(f"CREATE VIEW documents AS SELECT * FROM {_parquet([documents])}")
     connection.register("labels", index.labels.to_table())
+
+
+def _with_names_of_its_own(table: pa.Table) -> pa.Table:
+    """A table whose columns all have different names, as rows of names and values need: of two `feature`, one is `feature_2`."""
+    names: list[str] = []
+    for name in table.column_names:
+        again = (f"{name}_{n}" for n in count(2))
+        names.append(
+            name if name not in names else next(each for each in again if each not in {*names, *table.column_names})
+        )
+    return table.rename_columns(names)
 
 
 def _parquet(paths: list[Path]) -> str:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import cache_folder, replacing
+from qwen_scope.files import cache_folder, is_file, replacing
 from qwen_scope.index.layout import layer_folder
 
 if TYPE_CHECKING:
@@ -168,9 +168,12 @@ def _connect(place: str | Path) -> sqlite3.Connection:
 
 def _stored(path: Path, identity: str) -> sqlite3.Connection | None:
     """The database at a path, if it is one of the index as it is now."""
-    if not path.is_file():
+    if not is_file(path):
         return None
-    connection = _connect(path)
+    try:
+        connection = _connect(path)
+    except sqlite3.OperationalError:  # it may not be read, such as one that root left
+        return None
     try:
         if connection.execute("SELECT identity FROM about").fetchall() == [(identity,)]:
             return connection
