@@ -94,6 +94,19 @@ def test_texts_stay_on_one_line_and_do_nothing_to_a_terminal(labels: Labels):
     assert Labels(labels.path).all(1, 0) == [label]
 
 
+def test_labels_of_features_that_are_not_there(tmp_path: Path):
+    index = write_index(tmp_path / "index", {1: 64})
+    with pytest.raises(QwenScopeError, match="found 2/0"):
+        index.labels.add(2, 0, Label("ghost", "hand"))
+    assert not index.labels.path.exists()
+    # Somebody copies a file of another index.
+    labels = Labels(index.labels.path)
+    for key in ((1, 0), (1, 64), (2, 0)):
+        labels.add(*key, Label("a word", "hand"))
+    assert [key for key, _ in index.labels.items()] == [(1, 0)]
+    assert index.labels.to_table().num_rows == len(index.labels) == 1
+
+
 def test_what_others_write_meanwhile_is_seen(labels: Labels):
     other = Labels(labels.path)
     for round_ in range(3):

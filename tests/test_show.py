@@ -1,5 +1,6 @@
 """How features, hits and tables look in a terminal, and the commands that print them."""
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -238,6 +239,13 @@ def test_show(capsys: pytest.CaptureFixture[str], index: FeatureIndex):
     assert plain == json.loads(json.dumps([index["1/3"].to_dict()]))
     assert len(plain[0]["examples"]) == 4
     assert plain[0]["similar"] == [{"feature": 4, "value": 0.5, "label": None}]
+
+
+def test_a_terminal_without_some_characters(index: FeatureIndex, monkeypatch: pytest.MonkeyPatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    main(["show", "1/3", "--index", str(index.folder)])
+    assert rb"the \xabcourt\xbb held" in written.getvalue()
 
 
 def test_search(capsys: pytest.CaptureFixture[str], index: FeatureIndex):

@@ -57,7 +57,7 @@ class Labels:
     Args:
         path: the file that new labels go to; made when the first one is written.
         below: a file that is only read, whose labels count as older.
-        about: the index that they belong to, to refuse an import of labels of other features.
+        about: the index that they belong to, whose features alone they can be of.
     """
 
     def __init__(self, path: Path, below: Path | None = None, about: About | None = None):
@@ -71,7 +71,7 @@ class Labels:
     def beside(folder: Path, about: About) -> Labels:
         """The labels of the index in a folder; where that folder comes with the package, new ones go to the user's own files."""
         beside = folder / "labels.jsonl"
-        if folder.parent == Path(__file__).parent.parent:
+        if folder.resolve().parent == Path(__file__).resolve().parent.parent:
             return Labels(data_folder() / "labels" / f"{folder.name}-{about.fingerprint}.jsonl", beside, about)
         return Labels(beside, about=about)
 
@@ -101,8 +101,10 @@ class Labels:
         """Adds a label; one without text takes back what its author wrote before.
 
         Raises:
-            QwenScopeError: the file cannot be written.
+            QwenScopeError: no such feature, or the file cannot be written.
         """
+        if not self._has((layer, number)):
+            raise QwenScopeError(f"expected a feature of this index, found {layer}/{number}; label one of its layers")
         self._write([((layer, number), label)])
 
     def export(self, path: str | Path) -> int:
@@ -175,17 +177,19 @@ class Labels:
         (layer, number), label = label_of(row, where)
         if not label.text:
             raise QwenScopeError(f"expected a text in {where}, found an empty one; correct it")
-        if self.about is not None:
-            if number >= self.about.layers.get(layer, 0):
-                raise QwenScopeError(
-                    f"expected a feature of this index in {where}, found {layer}/{number}; take labels of its layers"
-                )
-            if row.get("suite", self.about.fingerprint) != self.about.fingerprint:
-                raise QwenScopeError(
-                    f"expected labels of the suite {self.about.fingerprint} in {where}, found {str(row['suite'])[:80]!r}; take "
-                    "those of this suite"
-                )
+        if not self._has((layer, number)):
+            raise QwenScopeError(
+                f"expected a feature of this index in {where}, found {layer}/{number}; take labels of its layers"
+            )
+        if self.about is not None and row.get("suite", self.about.fingerprint) != self.about.fingerprint:
+            raise QwenScopeError(
+                f"expected labels of the suite {self.about.fingerprint} in {where}, found {str(row['suite'])[:80]!r}; take "
+                "those of this suite"
+            )
         return (layer, number), label if label.time else replace(label, time=now())
+
+    def _has(self, key: Key) -> bool:
+        return self.about is None or key[1] < self.about.layers.get(key[0], 0)
 
     def _write(self, labels: list[tuple[Key, Label]]) -> None:
         """Adds lines in one go, so that those of several writers do not mix."""
@@ -227,7 +231,8 @@ class Labels:
         if state != self._read_at:
             self._found = {}
             for path in (self.below, self.path):
-                _take(self._found, _lines(path) if path else ())
+                # A file that somebody put here may be of an index with other layers.
+                _take(self._found, (pair for pair in _lines(path) if self._has(pair[0])) if path else ())
             self._read_at = state
         return self._found
 
