@@ -625,7 +625,7 @@ def test_an_endpoint_that_cannot_be_is_a_sentence(options: dict, said: str):
 def test_the_command_plans_asks_scores_and_says_so(index: FeatureIndex, capsys: pytest.CaptureFixture[str]):
     folder = str(index.folder)
     with serving(reader) as server:
-        command = ["label", folder, "--endpoint", server.address, "--model", "a model"]
+        command = ["label", "--index", folder, "--endpoint", server.address, "--model", "a model"]
         prices = ["--price-in", "1", "--price-out", "4"]
         with pytest.raises(SystemExit) as stopped:
             main([*command, *prices, "--budget", "0"])
@@ -646,7 +646,7 @@ def test_the_command_plans_asks_scores_and_says_so(index: FeatureIndex, capsys: 
 
 def test_the_command_fails_if_features_are_left(index: FeatureIndex, capsys: pytest.CaptureFixture[str]):
     with serving(lambda _: completion("?!")) as server, pytest.raises(SystemExit) as stopped:
-        main(["label", str(index.folder), "--feature", "1/0", "--endpoint", server.address, "--model", "m"])
+        main(["label", "--index", str(index.folder), "--feature", "1/0", "--endpoint", server.address, "--model", "m"])
     assert stopped.value.code == 1
     assert "no usable answer about 1 features" in capsys.readouterr().out
 
@@ -663,7 +663,17 @@ def test_ctrl_c_loses_nothing(index: FeatureIndex, patient: bool):
         return reader(question)
 
     with serving(slow) as server:
-        command = ["label", str(index.folder), "--endpoint", server.address, "--model", "a model", "--concurrency", "2"]
+        command = [
+            "label",
+            "--index",
+            str(index.folder),
+            "--endpoint",
+            server.address,
+            "--model",
+            "a model",
+            "--concurrency",
+            "2",
+        ]
         process = subprocess.Popen(
             [sys.executable, "-m", "qwen_scope.cli", *command],
             stdout=subprocess.DEVNULL,

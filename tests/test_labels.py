@@ -222,20 +222,20 @@ def test_the_command_labels_by_hand_and_carries_labels(capsys: pytest.CaptureFix
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     write_index(tmp_path / "one")
     write_index(tmp_path / "two")
-    main(["label", one, "--feature", "1/0", "--text", "football, mostly"])
+    main(["label", "--index", one, "--feature", "1/0", "--text", "football, mostly"])
     assert capsys.readouterr().out == "1/0: football, mostly\n"
-    main(["label", one, "--export", str(tmp_path / "labels.jsonl")])
+    main(["label", "--index", one, "--export", str(tmp_path / "labels.jsonl")])
     with (tmp_path / "labels.jsonl").open("a") as file:
         file.write("no label\n")
     capsys.readouterr()
-    main(["label", two, "--import", str(tmp_path / "labels.jsonl")])
+    main(["label", "--index", two, "--import", str(tmp_path / "labels.jsonl")])
     out = capsys.readouterr().out
     assert "1 labels added" in out
     assert "line 2 of" in out
     label = FeatureIndex.open(two)["1/0"].label
     assert label is not None
     assert (label.text, label.by) == ("football, mostly", "hand")
-    main(["label", two, "--feature", "1/0", "--text", ""])
+    main(["label", "--index", two, "--feature", "1/0", "--text", ""])
     assert FeatureIndex.open(two)["1/0"].label is None
 
 
@@ -256,7 +256,7 @@ def test_what_the_command_cannot_do_is_a_sentence(
 ):
     write_index(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        main(["label", str(tmp_path), *arguments])
+        main(["label", "--index", str(tmp_path), *arguments])
     assert stopped.value.code == 1
     error = capsys.readouterr().err
     assert said in error

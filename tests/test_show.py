@@ -292,4 +292,9 @@ def test_without_pyarrow(capsys: pytest.CaptureFixture[str], index: FeatureIndex
     for name in [name for name in sys.modules if name.startswith("qwen_scope.index.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'qwen-scope[index]'" in fail(capsys, "show", "1/3", "--index", str(index.folder))
+    for command in (
+        ["show", "1/3"],
+        ["label", "--feature", "1/3", "--text", "courts"],
+        ["find", "--positive", "a text"],
+    ):
+        assert "pip install 'qwen-scope[index]'" in fail(capsys, *command, "--index", str(index.folder))

@@ -2,17 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Literal
 
 import tyro
 
-from qwen_scope.cli.common import Layers, print_json, quiet_loading
+from qwen_scope.cli.common import Index, Layers, open_index, print_json, quiet_loading
 from qwen_scope.errors import QwenScopeError
-
-if TYPE_CHECKING:
-    from qwen_scope.index.feature_index import FeatureIndex
-
-Index = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 
 
 @dataclass(frozen=True)
@@ -122,19 +117,3 @@ class Sql:
         from qwen_scope.index.show import table_text
 
         print(table_text(found))
-
-
-def open_index(folder: Path | None) -> "FeatureIndex":
-    """The index in a folder, or the one that comes with the package.
-
-    Raises:
-        QwenScopeError: no index there, or a package missing that reads it.
-    """
-    try:
-        from qwen_scope.index.feature_index import FeatureIndex
-    except ModuleNotFoundError as error:
-        raise QwenScopeError(
-            f"expected the package {error.name} to read a feature index, found it is not installed; run pip install "
-            "'qwen-scope[index]'"
-        ) from error
-    return FeatureIndex.open(folder)

@@ -1,4 +1,4 @@
-"""What several commands share: the model and suite to read, texts given, JSON printed."""
+"""What several commands share: the model and suite, or the index, to read, texts given, JSON printed."""
 
 import json
 import math
@@ -13,9 +13,11 @@ import tyro
 from qwen_scope.errors import QwenScopeError
 
 if TYPE_CHECKING:
+    from qwen_scope.index.feature_index import FeatureIndex
     from qwen_scope.scope import Scope
 
 Layers = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--layer",), metavar="N…")]
+Index = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ def given_texts(texts: tuple[str, ...], file: Path | None) -> list[str]:
     if not lines:
         raise QwenScopeError(f"expected lines of text in {file}, found none; write one text a line")
     return lines
+
+
+def open_index(folder: Path | None) -> "FeatureIndex":
+    """The index in a folder, or the one that comes with the package.
+
+    Raises:
+        QwenScopeError: no index there, or a package missing that reads it.
+    """
+    try:
+        from qwen_scope.index.feature_index import FeatureIndex
+    except ModuleNotFoundError as error:
+        raise QwenScopeError(
+            f"expected the package {error.name} to read a feature index, found it is not installed; run pip install "
+            "'qwen-scope[index]'"
+        ) from error
+    return FeatureIndex.open(folder)
 
 
 def names_of(scope: "Scope") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen_scope.cli.common import Layers, given_texts, names_of, print_json, quiet_loading
+from qwen_scope.cli.common import Index, Layers, given_texts, names_of, open_index, print_json, quiet_loading
 from qwen_scope.errors import QwenScopeError
 
 
@@ -19,7 +19,7 @@ class Find:
     """More positive texts from a file, one a line; `-` is standard input."""
     negative_file: Path | None = None
     """More negative texts from a file, one a line."""
-    index: Path | None = None
+    index: Index = None
     """Folder of a feature index. Default: the one that comes with the package."""
     layers: Layers = ()
     """Layers to search. Default: all of the index."""
@@ -39,10 +39,9 @@ class Find:
                 'expected texts to find features of, found none; try: qwen-scope find --positive "Bonjour, je voudrais un café"'
             )
         quiet_loading()
-        from qwen_scope.index.feature_index import FeatureIndex
+        index = open_index(self.index)
         from qwen_scope.index.find import find
 
-        index = FeatureIndex.open(self.index)
         found = find(index, positive, negative or None, layers=self.layers or None, count=self.count, only=self.only)
         if self.json:
             print_json({**names_of(index.scope), **found.to_dict()})

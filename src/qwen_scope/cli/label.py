@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from qwen_scope.cli.common import Layers
+from qwen_scope.cli.common import Index, Layers, open_index
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.index.label_config import LabelConfig
 
@@ -23,7 +23,7 @@ class Label:
     if some features have no usable answer.
     """
 
-    index: tyro.conf.Positional[Path | None] = None
+    index: Index = None
     """Folder of a feature index. Default: the one that comes with the package."""
     features: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--feature",), metavar="LAYER/NUMBER…")] = ()
     """Features to label, such as 15/123. Default: `count` of each layer, those that fire most often without being common."""
@@ -60,9 +60,7 @@ class Label:
             raise QwenScopeError(
                 f"expected one of --endpoint, --text, --import and --export, found {sum(asked)} of them; say what to do"
             )
-        from qwen_scope.index.feature_index import FeatureIndex
-
-        index = FeatureIndex.open(self.index)
+        index = open_index(self.index)
         if self.text is not None:
             self._by_hand(index, self.text)
         elif self.import_file is not None:
