@@ -291,8 +291,3 @@ def _damaged(path: Path, error: object) -> QwenScopeError:
 def bundled_folder() -> Path:
     """Where the index lies that comes with the package."""
     return Path(__file__).parent.parent / "bundled_index"
-
-
-def open_index(index: Any) -> FeatureIndex:
-    """An index that is open already, or a folder's."""
-    return index if isinstance(index, FeatureIndex) else FeatureIndex.open(index)
