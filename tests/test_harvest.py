@@ -415,6 +415,25 @@ def test_a_folder_of_that_name_with_other_things_is_not_touched(corpus, config, 
     assert [path.name for path in (tmp_path / "harvest").iterdir()] == ["mine.txt"]
 
 
+def test_the_same_path_in_another_folder_is_another_corpus(corpus, config, tmp_path, monkeypatch):
+    @contextmanager
+    def stopping():
+        yield StopsAfter(0)
+
+    monkeypatch.chdir(corpus.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen_scope.index.harvest.stopping", stopping)
+        with pytest.raises(Stopped):
+            harvest(corpus.name, tmp_path / "index", config)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / corpus.name).write_text('{"text": "other words"}')
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(QwenScopeError, match="corpus was"):
+        harvest(corpus.name, tmp_path / "index", config)
+    # By its whole path it is the same again.
+    assert harvest(corpus, tmp_path / "index", config).about.documents == 90
+
+
 def test_two_harvests_in_one_folder(corpus, config, tmp_path):
     (tmp_path / "harvest").mkdir()
     with filelock.FileLock(tmp_path / "harvest/lock"), pytest.raises(QwenScopeError, match="no other harvest at work"):
@@ -425,7 +444,7 @@ def test_two_harvests_in_one_folder(corpus, config, tmp_path):
     ("options", "sentence"),
     [
         ({"context": 1000}, "expected a context of at most 256 tokens"),
-        ({"layers": (9,)}, "9"),
+        ({"layers": (9,)}, "expected layers among 0-2|found .*9"),
         ({"column": "nothing"}, "expected a corpus of at least one document|expected the column"),
     ],
 )

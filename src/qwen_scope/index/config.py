@@ -72,6 +72,8 @@ class HarvestConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise QwenScopeError(f"expected {name} of at least {least}, found {value}; choose a larger number")
+        if self.examples > 1000:
+            raise QwenScopeError(f"expected at most 1000 examples of each feature, found {self.examples}; keep fewer")
         if self.before + self.after > 255:
             raise QwenScopeError(
                 f"expected at most 255 tokens around a peak, found {self.before} before and {self.after} after; show fewer"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from qwen_scope.bundled import GGUF_SHA256
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.files import is_file, is_folder
 from qwen_scope.index.chosen import Chosen, chosen_examples
 from qwen_scope.index.effects import logit_effects
 from qwen_scope.index.fingerprint import fingerprint
@@ -43,9 +44,14 @@ def finish(
     shards: Shards,
     scope: Scope,
     config: HarvestConfig,
-    options: Mapping[str, Any],
+    corpus: str,
+    work: Path,
 ) -> None:
     """Writes the tables of all layers, then `index.json`.
+
+    Args:
+        corpus: what the corpus is called in the index.
+        work: where it is noted which layers are done, for when this is stopped.
 
     Raises:
         QwenScopeError: a disk that is full.
@@ -55,9 +61,12 @@ def finish(
     assert tokenizer is not None
     texts = TokenTexts(tokenizer)
     for layer, partial in tqdm(total.items(), desc="writing tables", unit="layer", disable=len(total) < 2):
+        if (done := work / f"written-layer{layer}").exists():
+            continue
         chosen = chosen_examples(partial, shards, keep)
         write_features(folder, layer, _features(partial, chosen, scope, layer, texts))
         write_examples(folder, layer, _examples(chosen, texts))
+        done.touch()
     try:
         shutil.copyfile(shards.folder / "documents.parquet", folder / "documents.parquet")
     except OSError as error:
@@ -69,13 +78,13 @@ def finish(
     quantised = suite.provenance.get("model_file_sha256") == GGUF_SHA256
     About(
         suite=suite.name,
-        model=config.model or ("bundled" if quantised else scope.backbone.name),
-        suite_source=config.suite,
+        model=_found_from_anywhere(config.model) or ("bundled" if quantised else scope.backbone.name),
+        suite_source=_found_from_anywhere(config.suite) or (None if quantised else suite.name),
         fingerprint=fingerprint(suite, list(total)),
         k=suite.k,
         activation=suite.activation,
         layers={layer: partial.d_sae for layer, partial in total.items()},
-        corpus=str(options["corpus"]),
+        corpus=corpus,
         documents=cut.documents,
         tokens=cut.tokens,
         first_tokens=cut.pieces,
@@ -84,9 +93,14 @@ def finish(
         broken_first=cut.broken_first,
         context=config.context,
         dtype=str(scope.backbone.model.dtype).removeprefix("torch."),
-        options=dict(options),
+        options=config.to_dict(),
         created=now(),
     ).write(folder)
+
+
+def _found_from_anywhere(name: str | None) -> str | None:
+    """A name under which a model or suite is found whatever folder one is in."""
+    return str(Path(name).expanduser().resolve()) if name and (is_file(name) or is_folder(name)) else name
 
 
 def _features(partial: Partial, chosen: Chosen, scope: Scope, layer: int, texts: TokenTexts) -> pa.Table:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from qwen_scope.checkpoint.weights import read_json
 from qwen_scope.corpus import located
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import replacing
+from qwen_scope.files import is_file, is_folder, replacing
 from qwen_scope.index.config import HarvestConfig, differences
 from qwen_scope.index.feature_index import FeatureIndex
 from qwen_scope.index.fingerprint import fingerprint
@@ -69,12 +69,12 @@ def harvest(
         raise QwenScopeError(
             "expected names of a model and a suite for workers to load, found a Scope in memory; name them in the config"
         )
-    if (folder / "index.json").exists():
-        raise QwenScopeError(
-            f"expected a folder without a feature index, found one in {folder}; choose another, or delete it"
-        )
+    _without_index(folder)
     with _alone(work):
-        options = {"corpus": str(corpus), **config.to_dict()}
+        _without_index(folder)
+        # A path means another file in another folder.
+        options = {"corpus": str(Path(corpus).expanduser().resolve()) if _is_path(corpus) else str(corpus)}
+        options |= config.to_dict()
         _agree_with_before(work, options)
         scope = scope or open_scope(config)
         layers = list(scope.layers if not config.layers else sorted(set(config.layers)))
@@ -89,9 +89,20 @@ def harvest(
         keep = Keep(config.examples, (config.before, config.after))
         with stopping() as stop:
             total = Harvesting(folder, work, config, scope, layers, shards, keep, stop).run()
-        finish(folder, total, shards, scope, config, options)
+        finish(folder, total, shards, scope, config, str(corpus), work)
         shutil.rmtree(work, ignore_errors=True)
     return FeatureIndex.open(folder)
+
+
+def _is_path(name: str | Path) -> bool:
+    return is_file(name) or is_folder(name)
+
+
+def _without_index(folder: Path) -> None:
+    if (folder / "index.json").exists():
+        raise QwenScopeError(
+            f"expected a folder without a feature index, found one in {folder}; choose another, or delete it"
+        )
 
 
 def open_scope(config: HarvestConfig) -> Scope:

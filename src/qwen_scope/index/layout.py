@@ -11,6 +11,7 @@ docs/index-format.md describes the same for users of other tools; a test compare
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,26 @@ def layer_folder(folder: Path, layer: int) -> Path:
 
 def write_table(path: Path, table: pa.Table, row_group: int) -> None:
     """Writes a table as Parquet, atomically."""
+    # Texts repeat; of numbers, the bytes of like rank do.
+    encoding: Any = {
+        "use_dictionary": _leaves(table.schema, pa.types.is_string),
+        "use_byte_stream_split": _leaves(table.schema, pa.types.is_floating),
+    }
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, row_group_size=row_group, compression="zstd", compression_level=9)
+        pq.write_table(table, temporary, row_group_size=row_group, compression="zstd", compression_level=9, **encoding)
+
+
+def _leaves(schema: pa.Schema, is_kind: Callable[[pa.DataType], bool]) -> list[str]:
+    """Paths of the columns of a kind, in lists and structs too, as Parquet calls them."""
+
+    def within(path: str, kind: pa.DataType) -> list[str]:
+        if pa.types.is_list(kind):
+            return within(f"{path}.list.element", kind.value_type)
+        if pa.types.is_struct(kind):
+            return [found for field in kind for found in within(f"{path}.{field.name}", field.type)]
+        return [path] if is_kind(kind) else []
+
+    return [found for field in schema for found in within(field.name, field.type)]
 
 
 def write_features(folder: Path, layer: int, table: pa.Table) -> None:

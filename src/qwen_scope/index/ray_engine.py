@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from qwen_scope.index.config import HarvestConfig
 from qwen_scope.index.partial import Keep, Partial
 from qwen_scope.index.progress import read_partials, write_partials
 from qwen_scope.index.shards import Shards
+
+SHOWN_AFTER = 30
+"""Seconds after which a file that another machine has written must be seen here."""
 
 
 def ray_partials(
@@ -44,9 +48,8 @@ def ray_partials(
         while not _part(done, number).exists():
             read = next(finished, None)
             if read is None:
-                raise QwenScopeError(
-                    f"expected shard {number} in {done}, found that no worker wrote it there; give all workers the same folder"
-                )
+                _wait_for(_part(done, number))
+                break
             told(_tokens(shards, [read]))
         yield read_partials(_part(done, number))[0]
 
@@ -61,7 +64,12 @@ def _results(
         ray.init(address=os.environ.get("RAY_ADDRESS"), logging_level=logging.ERROR, include_dashboard=False)
     there = ray.cluster_resources()
     machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    gpus = 1 if config.device is None and there.get("GPU", 0) >= config.workers else 0
+    gpus = there.get("GPU", 0) if config.device is None or config.device.startswith("cuda") else 0
+    if 0 < gpus < config.workers:
+        raise QwenScopeError(
+            f"expected a GPU for each of the {config.workers} workers, found {gpus:.0f} in the cluster; lower --workers, or give "
+            "--device cpu"
+        )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -72,7 +80,7 @@ def _results(
         fn_constructor_args=(config, str(folder.resolve()), str(work.resolve()), list(layers)),
         concurrency=config.workers,
         num_cpus=cpus_of_worker(machines, config.workers),
-        num_gpus=gpus,
+        num_gpus=1 if gpus else 0,
     )
     try:
         for row in read.iter_rows():
@@ -112,6 +120,15 @@ class ShardReader:
         )
         write_partials(_part(self.work / "parts", number), found, {"shards": "1"})
         return {"shard": number}
+
+
+def _wait_for(part: Path) -> None:
+    """Shared folders may show a file some seconds after another machine has written it."""
+    for _ in range(SHOWN_AFTER):
+        if part.exists():
+            return
+        time.sleep(1)
+    raise QwenScopeError(f"expected {part}, found that no worker wrote it there; give all workers the same folder")
 
 
 def _part(folder: Path, number: int) -> Path:
