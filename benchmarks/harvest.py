@@ -39,8 +39,8 @@ class Settings:
     dtype: str = "bfloat16"
     tokens: int = 32768
     """In a round of the comparison of speeds."""
-    rounds: int = 5
-    whole_tokens: int = 262144
+    rounds: int = 3
+    whole_tokens: int = 131072
     """Of the whole harvest."""
 
 

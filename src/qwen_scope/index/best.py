@@ -93,8 +93,9 @@ class Best:
 
 def _first(keep: int, feature: np.ndarray, group: np.ndarray, order: np.ndarray, place: np.ndarray) -> np.ndarray:
     """Row numbers of the first `keep` of each feature and group, sorted by feature, group, order and place."""
-    rows = np.lexsort((place, order, group, feature))
-    key = feature[rows].astype(np.int64) * 256 + group[rows]
+    key = feature.astype(np.int64) * 256 + group
+    rows = np.lexsort((place, order, key))
+    key = key[rows]
     begins = np.flatnonzero(np.diff(key, prepend=-1))
     within = np.arange(len(rows)) - np.repeat(begins, np.diff(begins, append=len(rows)))
     return rows[within < keep]

@@ -111,9 +111,9 @@ class Partial:
                 chunk.indices, chunk.values, chunk.piece, token[best[rows]], feature[best[rows]], *keep.window
             )
 
-        peaks = self._peaks(keep.top, feature, value, chunk.piece[token], place)
+        peaks = self._peaks(keep.top, feature, value, chunk.piece[token])
         drawn_by, octave = scrambled(place, feature), bins // 2
-        drawn = np.flatnonzero(drawn_by <= self.range.worst(PER_OCTAVE, self.d_sae, OCTAVES)[feature, octave])
+        drawn = self._drawn(feature * OCTAVES + octave, drawn_by)
         numbers, sample = self._sampled(chunk)
         return replace(
             self,
@@ -146,16 +146,33 @@ class Partial:
             sample=sample,
         )
 
-    def _peaks(
-        self, keep: int, feature: np.ndarray, value: np.ndarray, piece: np.ndarray, place: np.ndarray
-    ) -> np.ndarray:
+    def _peaks(self, keep: int, feature: np.ndarray, value: np.ndarray, piece: np.ndarray) -> np.ndarray:
         """Which of the pairs are the highest of their feature in their piece, and high enough to be kept."""
         worst = self.top.worst(keep, self.d_sae, 1)[:, 0]
         high = np.flatnonzero(-value <= worst[feature])
-        order = high[np.lexsort((place[high], -value[high], piece[high], feature[high]))]
-        new = np.ones(len(order), bool)
-        new[1:] = (np.diff(feature[order]) != 0) | (np.diff(piece[order]) != 0)
-        return order[new]
+        key = feature[high] * (int(piece.max(initial=0)) + 1) + piece[high]
+        # Pairs of a piece come in the order of their places, and stay in it.
+        order = np.argsort(key, kind="stable")
+        key, rows = key[order], high[order]
+        begins = np.flatnonzero(np.diff(key, prepend=-1))
+        if not len(begins):
+            return rows
+        highest = np.maximum.reduceat(value[rows], begins)
+        equal = np.flatnonzero(value[rows] == np.repeat(highest, np.diff(begins, append=len(rows))))
+        return rows[equal[np.diff(key[equal], prepend=-1) != 0]]
+
+    def _drawn(self, cell: np.ndarray, drawn_by: np.ndarray) -> np.ndarray:
+        """Which of the pairs have the lowest random numbers of their feature and octave, and low enough to be kept."""
+        left = np.flatnonzero(drawn_by <= self.range.worst(PER_OCTAVE, self.d_sae, OCTAVES).ravel()[cell])
+        chosen = []
+        # One after the other: sorting all pairs, of which few are kept, takes far longer.
+        for _ in range(PER_OCTAVE):
+            lowest = np.full(self.d_sae * OCTAVES, np.inf)
+            np.minimum.at(lowest, cell[left], drawn_by[left])
+            found = drawn_by[left] == lowest[cell[left]]
+            chosen.append(left[found])
+            left = left[~found]
+        return np.concatenate(chosen)
 
     def _sampled(self, chunk: Chunk) -> tuple[np.ndarray, np.ndarray]:
         rows = np.flatnonzero(chunk.kept)

@@ -57,7 +57,8 @@ def read_shard(
         for layer in layers:
             x = residuals.pop(layer)
             kept, outliers = kept_tokens(x, torch.from_numpy(within == 0))
-            features: SparseFeatures = scope.suite[layer].encode(x.to(scope.suite[layer].device)).to("cpu")
+            sae = scope.suite[layer]
+            features: SparseFeatures = sae.encode(x.to(sae.device).float()).to("cpu")
             chunk = Chunk(
                 features.indices.to(torch.int32).numpy(),
                 features.values.numpy(),
