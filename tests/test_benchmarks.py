@@ -17,9 +17,9 @@ from qwen_scope.kernels import Kernel
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 COMMITTED = BENCHMARKS / "results"
-ALWAYS_COMMITTED = {"encode", "encode-1-thread", "training", "layers", "load"}
+ALWAYS_COMMITTED = {"encode", "encode-1-thread", "training", "layers", "load", "harvest", "index"}
 MARKED = {"README.md": {"summary"}, "docs/performance.md": ALWAYS_COMMITTED | {"encode-large"}}
-SCRIPTS = ["encode", "training", "quality", "layers", "load"]
+SCRIPTS = ["encode", "training", "quality", "layers", "load", "harvest", "index"]
 WAYS = {"card", "qwen_scope", "qwen_scope_prepared"}
 
 
@@ -39,6 +39,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("two of the benchmarks need Linux")
     results = tmp_path_factory.mktemp("results")
     options = {"training": ["--threads", "1"], "layers": ["--folder", results], "load": ["--folder", results]}
+    options["harvest"] = ["--folder", results]
 
     def run(script: str) -> subprocess.CompletedProcess[str]:
         return python(f"{script}.py", "--quick", "--out", results / f"{script}.json", *options.get(script, []))
@@ -58,6 +59,8 @@ def check_structure(found: dict[str, Any]) -> None:
         "quality": check_quality,
         "layers": check_layers,
         "load": check_load,
+        "harvest": check_harvest,
+        "index": check_index,
     }
     checks[found["benchmark"]](found)
 
@@ -153,6 +156,25 @@ def check_load(found: dict[str, Any]) -> None:
     assert all(min(value for field, value in r.items() if field != "way") > 0 for r in found["results"])
 
 
+def check_harvest(found: dict[str, Any]) -> None:
+    assert [r["layers"] for r in found["results"]] == [list(layers) for layers in found["parameters"]["layers"]]
+    for result in found["results"]:
+        check_timed(result, {"qwen_scope", "model"}, found["parameters"]["rounds"])
+        assert set(result["tokens_per_second"]) == {"qwen_scope", "model"}
+    whole = found["whole"]
+    assert whole["tokens"] >= found["parameters"]["whole_tokens"]
+    assert min(whole["seconds"], whole["peak_mib"], whole["index_bytes"], whole["features"]) > 0
+    assert found["memory_method"]
+
+
+def check_index(found: dict[str, Any]) -> None:
+    assert set(found["results"]) == {"open", "open, first feature", "a feature", "search, words"}
+    for result in found["results"].values():
+        low, high = result["quartiles"]
+        assert 0 < low <= result["seconds"] <= high <= result["worst_seconds"]
+    assert found["search_built_seconds"] > 0
+
+
 def check_kernel(found: dict[str, Any]) -> None:
     assert found["kernel"] in get_args(Kernel)
     assert found["why"]
@@ -206,6 +228,13 @@ def test_committed_run_gave_the_card_s_features(name):
         assert of["rows_with_same_features"] + of["rows_with_near_ties"] == of["rows"]
         assert of["rows_with_near_ties"] <= max(1, of["rows"] // 1000)
         assert of["largest_relative_difference"] <= 1e-5
+
+
+def test_a_harvest_stays_within_2_gib():
+    found = read(COMMITTED / "harvest.json")
+    assert found["whole"]["layers"] == [7, 15, 23]
+    assert found["whole"]["peak_mib"] <= 2048
+    assert read(COMMITTED / "index.json")["parameters"]["features"] > 30_000
 
 
 def test_peak_of_encode_and_decode_is_bounded():

@@ -55,6 +55,22 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def expanded(name: str | Path) -> Path:
+    """The path that a name means, `~` spelt out.
+
+    Raises:
+        QwenScopeError: it cannot be a path, such as that of an unknown user's home.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.lstat()  # unlike exists(), refuses what no file can be called
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return Path(name).expanduser()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise QwenScopeError(f"expected a path, found {str(name)!r}, which is none ({error}); correct it") from error
+    return path
+
+
 def is_file(name: str | Path) -> bool:
     """Whether a name is that of a file; False for what cannot be a path at all."""
     try:

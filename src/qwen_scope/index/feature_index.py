@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.feature_name import parse_feature
+from qwen_scope.files import expanded
 from qwen_scope.index.feature import Example, Feature, Label, Neighbour, Token
 from qwen_scope.index.labels import HAND, Labels
 from qwen_scope.index.layout import EXAMPLES, FEATURES, About, layer_folder
@@ -48,7 +49,7 @@ class FeatureIndex:
         Raises:
             QwenScopeError: no index there, or one of another version.
         """
-        place = bundled_folder() if folder is None else Path(folder).expanduser()
+        place = bundled_folder() if folder is None else expanded(folder)
         about = About.read(place)
         return FeatureIndex(place, about, Labels.beside(place, about))
 
@@ -74,7 +75,7 @@ class FeatureIndex:
         except (IndexError, UnicodeDecodeError) as error:
             raise _damaged(layer_folder(self.folder, layer), error) from error
         for column in ("top_tokens", "promoted", "suppressed"):
-            row[column] = [Token(**item) for item in row[column]]
+            row[column] = [Token(item["token"], item["id"], item["value"]) for item in row[column]]
         for column in ("similar", "together"):
             row[column] = [self._neighbour(layer, **item) for item in row[column]]
         return Feature(layer=layer, number=number, label=self.labels.get(layer, number), examples=examples, **row)

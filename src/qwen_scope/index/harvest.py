@@ -22,7 +22,7 @@ from tqdm import tqdm
 from qwen_scope.checkpoint.weights import read_json
 from qwen_scope.corpus import located
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import is_file, is_folder, replacing
+from qwen_scope.files import expanded, is_file, is_folder, replacing
 from qwen_scope.index.config import HarvestConfig, differences
 from qwen_scope.index.feature_index import FeatureIndex
 from qwen_scope.index.fingerprint import fingerprint
@@ -63,7 +63,7 @@ def harvest(
         QwenScopeError: a corpus without text, another index or harvest in the folder, a disk that is full.
         Stopped: Ctrl-C; progress is saved.
     """
-    config, folder = config or HarvestConfig(), Path(folder).expanduser()
+    config, folder = config or HarvestConfig(), expanded(folder)
     work = folder / WORK
     if config.engine == "ray" and scope is not None:
         raise QwenScopeError(

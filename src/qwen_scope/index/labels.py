@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import replacing
+from qwen_scope.files import expanded, replacing
 from qwen_scope.index.feature import Label
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Labels:
         lines = [
             _line(key, label, suite) for key, by in sorted(self._by_feature().items()) for label in self._ordered(by)
         ]
-        with replacing(Path(path).expanduser()) as temporary:
+        with replacing(expanded(path)) as temporary:
             temporary.write_bytes(b"".join(lines))
         return len(lines)
 
@@ -132,7 +132,7 @@ class Labels:
         Raises:
             QwenScopeError: the file cannot be read, or the labels cannot be written.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         added: dict[tuple[Key, str], Label] = {}
         older, broken, broken_first = 0, 0, []
         try:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import replacing
+from qwen_scope.files import expanded, replacing
 from qwen_scope.index.show import author, bins, fires, flags, share, visible
 from qwen_scope.render import shaded
 
@@ -99,7 +99,7 @@ def export(index: FeatureIndex, folder: str | Path, names: Iterable[str | tuple[
     Raises:
         QwenScopeError: no such feature, no names where none is labelled, or a folder that cannot be written.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     chosen = [key for key, _ in index.labels.items()] if names is None else [index.check(name) for name in names]
     if not chosen:
         raise QwenScopeError("expected features to write pages of, found no labelled ones and no names; name some")

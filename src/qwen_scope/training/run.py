@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen_scope.files import expanded
 from qwen_scope.stopping import Stop, Stopped, stopping
 from qwen_scope.suite import Suite, ranges
 from qwen_scope.training.blocks import BlockCache, Residuals, read_block
@@ -44,7 +45,7 @@ def train(corpus: str | Path, folder: str | Path, config: RunConfig) -> Suite:
             not finite, a disk that is full.
         Stopped: Ctrl-C; progress is saved.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     work = folder / "training" / f"layers-{ranges(sorted(config.layers)).replace(', ', '_')}"
     with Group.joined() as group:
         options = {"corpus": str(corpus), "processes": group.size, **config.to_dict()}
