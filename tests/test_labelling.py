@@ -731,3 +731,10 @@ def test_the_bundled_model_served_here_labels_and_is_scored(tmp_path: Path):
         assert 0 <= found["control"] <= 1
     assert scores["answers"] == 2 * scores["features"]
     assert not (index.folder / "labels.jsonl").exists()
+
+
+@pytest.mark.parametrize("address", ["http://me:secret@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?key=secret"])
+def test_an_address_with_secrets_is_refused_without_showing_them(address):
+    with pytest.raises(QwenScopeError, match="without user, password or query") as refused:
+        Endpoint(address, "some-model")
+    assert "secret" not in str(refused.value)

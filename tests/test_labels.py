@@ -262,3 +262,9 @@ def test_what_the_command_cannot_do_is_a_sentence(
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "labels.jsonl").exists()
+
+
+def test_a_label_without_end_is_cut(tmp_path):
+    labels = Labels(tmp_path / "labels.jsonl")
+    labels.add(1, 2, Label("x" * 10_000, by="hand"))
+    assert labels.get(1, 2).text == "x" * 1000

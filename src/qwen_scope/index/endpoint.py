@@ -70,6 +70,11 @@ class Endpoint:
             raise QwenScopeError(
                 f"expected the address of an endpoint, such as http://127.0.0.1:8000/v1, found {address!r}; give the whole of it"
             )
+        if _holds_secrets(address):
+            raise QwenScopeError(
+                "expected an address without user, password or query, which errors would show, found one with; name an "
+                "environment variable that holds the key instead (--key-variable)"
+            )
         # As it stands with the labels, where it must be found again and must not pass for a hand's.
         if model != clean(model) or model in ("", HAND):
             raise QwenScopeError(
@@ -379,6 +384,11 @@ def _is_address(address: str) -> bool:
         return re.match(r"https?://[^/\s]", address) is not None and bool(httpx.URL(address).host)
     except (httpx.InvalidURL, ValueError):
         return False
+
+
+def _holds_secrets(address: str) -> bool:
+    url = _packages()[1].URL(address)
+    return bool(url.userinfo or url.query)
 
 
 def _without_refused(options: dict[str, Any], refusal: str) -> dict[str, Any]:

@@ -25,6 +25,8 @@ Key = tuple[int, int]
 _State = tuple[tuple[int, int] | None, tuple[int, int] | None]
 """Time and size of the two files of labels."""
 HAND = "hand"
+LONGEST = 1000
+"""Characters of a label; what is longer is cut there."""
 """The author of labels that people write."""
 SHOWN = 3
 """How many broken lines of an import are told of one by one."""
@@ -194,7 +196,7 @@ class Labels:
     def _write(self, labels: list[tuple[Key, Label]]) -> None:
         """Adds lines in one go, so that those of several writers do not mix."""
         labels = [
-            (key, replace(label, text=clean(label.text), by=clean(label.by), time=label.time or now()))
+            (key, replace(label, text=clean(label.text)[:LONGEST], by=clean(label.by), time=label.time or now()))
             for key, label in labels
         ]
         data = b"".join(_line(key, label) for key, label in labels)
@@ -272,7 +274,7 @@ def label_of(row: object, where: str) -> tuple[Key, Label]:
         )
     score, control = (None if value is None else float(value) for value in numbers)
     by, prompt, time = (clean(str(found.get(name) or "")) for name in ("by", "prompt", "time"))
-    return (layer, number), Label(clean(text), by or HAND, score, control, prompt or None, time)
+    return (layer, number), Label(clean(text)[:LONGEST], by or HAND, score, control, prompt or None, time)
 
 
 def clean(text: str) -> str:

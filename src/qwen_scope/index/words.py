@@ -70,6 +70,11 @@ class Words:
                 self._follow_labels()
                 return self._connection.execute(query, values).fetchall()
             except sqlite3.DatabaseError as error:
+                if "locked" in str(error):
+                    raise QwenScopeError(
+                        f"expected to read the search database at {path_of(self._index)}, found another process holding it for "
+                        "seconds; try again"
+                    ) from error
                 raise QwenScopeError(
                     f"expected a whole search database at {path_of(self._index)}, found a damaged one ({error}); delete it, and "
                     "it is built again"
