@@ -178,8 +178,15 @@ def test_findings_as_text(index):
     assert all(len(line) <= 90 for line in lines[:31])
     # What a label says stays on its line and moves no cursor.
     assert "capitals \\x1b[31m and↵countries" in lines[2]
-    assert lines[31:33] == ["", f"here: {found.positive.tokens} tokens of 4 texts (left out: 4 at position 0)"]
+    assert min(each.q for each in found) > 0.2
+    assert lines[31:33] == [
+        "",
+        "none of these is surer than chance (q below 0.2): give more texts, about five a side or more",
+    ]
+    assert lines[33:35] == ["", f"here: {found.positive.tokens} tokens of 4 texts (left out: 4 at position 0)"]
     assert lines[-1].startswith(f"{found.compared} features compared")
+    found.features[0] = replace(found[0], q=0.01)
+    assert "surer than chance" not in findings_text(found)
     assert repr(found) == str(found)
 
 

@@ -259,7 +259,9 @@ def test_a_stopped_harvest_goes_on_and_ends_the_same(undisturbed, corpus, config
     folder = tmp_path / "index"
     with monkeypatch.context() as patch:
         patch.setattr("qwen_scope.index.harvest.stopping", stopping)
-        with pytest.raises(Stopped, match=r"stopped after \d+ of \d+ shards .* run the same command again"):
+        with pytest.raises(
+            Stopped, match=r"stopped after \d+ of \d+ shards, .* run the same command again to go on .\d+ tokens"
+        ):
             harvest(corpus, folder, config)
     assert not (folder / "index.json").exists()
     harvest(corpus, folder, replace(config, save_minutes=0.0))

@@ -212,7 +212,7 @@ def test_tables():
         "längere          []",
     ]
     assert table_text(pa.table({"n": list(range(100))}), 80, rows=2).splitlines() == ["n", "0", "1", "… 98 more rows"]
-    assert table_text(pa.table({"n": []}), 80) == "n"
+    assert table_text(pa.table({"n": []}), 80) == "n\nno rows"
 
 
 # The commands

@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     args = parser.parse_args()
-    config = HarvestConfig(examples=4, before=10, after=5, dtype="bfloat16")
+    config = HarvestConfig(examples=4, before=10, after=5, dtype="bfloat16", shard_tokens=65536)
     harvest(write_texts(args.corpus), args.corpus / "bundled_index", config)
 
 

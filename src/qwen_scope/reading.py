@@ -75,19 +75,19 @@ def read(
     backbone: Backbone,
     layers: Sequence[int],
     *,
-    forward_tokens: int = BATCH_TOKENS,
+    forward_tokens: int | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[Batch, dict[int, Float[Tensor, "batch tokens d_model"]]]]:
     """The residuals of every text at some layers, batch by batch, each from one forward pass.
 
     Args:
-        forward_tokens: most tokens in one pass, padding included.
+        forward_tokens: most tokens in one pass, padding included; by default `BATCH_TOKENS`.
         progress: whether to show a bar.
 
     Raises:
         QwenScopeError: a text longer than the model's context, or a layer the model does not have.
     """
-    todo = batches(texts, backbone, forward_tokens)
+    todo = batches(texts, backbone) if forward_tokens is None else batches(texts, backbone, forward_tokens)
     for batch in tqdm(todo, desc="reading", unit="batch", disable=len(todo) < 8 or not progress):
         yield batch, backbone.residuals(batch.ids, batch.attention_mask, layers=layers)
 
@@ -97,7 +97,7 @@ def read_rows(
     backbone: Backbone,
     layers: Sequence[int],
     *,
-    forward_tokens: int = BATCH_TOKENS,
+    forward_tokens: int | None = None,
     held_bytes: int | None = None,
     told: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[list[int], dict[int, Float[Tensor, "tokens d_model"]]]]:

@@ -48,10 +48,11 @@ class HarvestConfig:
     """Which path encodes. Default: the fastest one on this machine, measured once."""
     forward_tokens: int = 2048
     """Tokens in one pass of the model, padding included."""
-    shard_tokens: int = 65536
-    """Tokens in a shard: what one worker does at a time, and what is lost at most of its work when it is killed."""
+    shard_tokens: int = 32768
+    """Tokens in a shard: what one worker does at a time. Of a shard that is not done when a harvest is stopped or killed, all
+    is read again."""
     save_minutes: float = 2.0
-    """How long until progress is saved again."""
+    """How long until finished shards are saved again; Ctrl-C saves them too."""
     engine: Literal["local", "ray"] = "local"
     """`local`: this process. `ray`: workers of a Ray cluster, the one that `ray start` or RAY_ADDRESS tells, else of this
     machine; all must see the folder."""

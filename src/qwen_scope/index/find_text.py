@@ -9,6 +9,9 @@ from qwen_scope.index.show import clip, line_width, share, visible
 if TYPE_CHECKING:
     from qwen_scope.index.find import Findings, Found, Read
 
+SURE = 0.2
+"""A finding with a larger q is as likely as not to be chance, or nearly."""
+
 
 def findings_text(findings: Findings, width: int | None = None) -> str:
     """Findings for a terminal: a line per feature, then what they rest on and how far to trust them.
@@ -36,6 +39,11 @@ def findings_text(findings: Findings, width: int | None = None) -> str:
         cells = [f"{row[0]:<{widths[0]}}", *(f"{cell:>{size}}" for cell, size in zip(row[1:], widths[1:], strict=True))]
         start = "  ".join(cells)
         lines.append(f"{start}  {clip(about, max(8, width - len(start) - 2))}".rstrip())
+    if rows and min(found.q for found in findings) > SURE:
+        lines += [
+            "",
+            f"none of these is surer than chance (q below {SURE:g}): give more texts, about five a side or more",
+        ]
     if not rows:
         lines = [f"no feature of {findings.compared:,} fires more often in these texts"]
     return "\n".join([*lines, "", *_rest(findings)])

@@ -153,8 +153,9 @@ class Harvesting:
                 if self.stop.asked:
                     self._save(total)
                     raise Stopped(
-                        f"stopped after {total.shards} of {len(self.shards)} shards and saved in {self.work}; run the same "
-                        "command again to go on"
+                        f"stopped after {total.shards} of {len(self.shards)} shards, which are saved in {self.work}; run the "
+                        f"same command again to go on ({bar.n - self.shards.first(total.shards)} tokens of the next shard "
+                        "will be read again)"
                     )
 
             for found in self._read(total.shards, told):

@@ -102,6 +102,8 @@ def table_text(table: pa.Table, width: int | None = None, rows: int = 40) -> str
     most = max(8, width // max(1, table.num_columns) - 2)
     widths = [min(max(map(cells, column)), most) for column in zip(*shown, strict=True)]
     lines = ["  ".join(_padded(cell, size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in shown]
+    if not table.num_rows:
+        lines.append("no rows")
     if table.num_rows > rows:
         lines.append(f"… {table.num_rows - rows} more rows")
     return "\n".join(lines)
