@@ -38,8 +38,9 @@ class Cluster:
     """bfloat16 operations a second of a GPU: an H100 SXM's, by its data sheet."""
     share: float = 0.4
     """Share of the peak that is reached."""
-    pair_seconds: float = 8e-8
-    """CPU seconds for each kept (token, feature) pair: about what `benchmarks/harvest.py` shows beyond model and encoder."""
+    pair_seconds: float = 5e-7
+    """CPU core seconds for each kept (token, feature) pair: `benchmarks/harvest.py` shows 5.2e-7 seconds beyond the model's
+    pass for one layer of 9216 features, the encoder included."""
     k: int = 50
     """Features kept per token."""
     shard_tokens: float = 5e7

@@ -71,6 +71,11 @@ def expanded(name: str | Path) -> Path:
     return path
 
 
+def from_anywhere(name: str) -> str:
+    """A name that means the same whatever folder one is in: of a file or folder that is there, its whole path."""
+    return str(Path(name).expanduser().resolve()) if is_file(name) or is_folder(name) else name
+
+
 def is_file(name: str | Path) -> bool:
     """Whether a name is that of a file; False for what cannot be a path at all."""
     try:

@@ -39,7 +39,7 @@ class HarvestConfig:
     after: int = 8
     """Tokens shown after it."""
     pairs: bool = False
-    """Also keep every (token, feature) pair as Parquet: about 6 k bytes a token and layer."""
+    """Also keep every (token, feature) pair as Parquet: about 5 k bytes a token and layer."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the language model computes in; the SAEs always compute in float32."""
     device: str | None = None

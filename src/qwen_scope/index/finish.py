@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from qwen_scope.bundled import GGUF_SHA256
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import is_file, is_folder
+from qwen_scope.files import from_anywhere
 from qwen_scope.index.chosen import Chosen, chosen_examples
 from qwen_scope.index.effects import logit_effects
 from qwen_scope.index.fingerprint import fingerprint
@@ -56,7 +56,7 @@ def finish(
     Raises:
         QwenScopeError: a disk that is full.
     """
-    keep = Keep(config.examples, (config.before, config.after))
+    keep = Keep.of(config)
     tokenizer = scope.backbone.tokenizer
     assert tokenizer is not None
     texts = TokenTexts(tokenizer)
@@ -78,8 +78,8 @@ def finish(
     quantised = suite.provenance.get("model_file_sha256") == GGUF_SHA256
     About(
         suite=suite.name,
-        model=_found_from_anywhere(config.model) or ("bundled" if quantised else scope.backbone.name),
-        suite_source=_found_from_anywhere(config.suite) or (None if quantised else suite.name),
+        model=from_anywhere(config.model or ("bundled" if quantised else scope.backbone.name)),
+        suite_source=None if quantised and config.suite is None else from_anywhere(config.suite or suite.name),
         fingerprint=fingerprint(suite, list(total)),
         k=suite.k,
         activation=suite.activation,
@@ -96,11 +96,6 @@ def finish(
         options=config.to_dict(),
         created=now(),
     ).write(folder)
-
-
-def _found_from_anywhere(name: str | None) -> str | None:
-    """A name under which a model or suite is found whatever folder one is in."""
-    return str(Path(name).expanduser().resolve()) if name and (is_file(name) or is_folder(name)) else name
 
 
 def _features(partial: Partial, chosen: Chosen, scope: Scope, layer: int, texts: TokenTexts) -> pa.Table:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from qwen_scope.checkpoint.weights import read_json
 from qwen_scope.corpus import located
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import expanded, is_file, is_folder, replacing
+from qwen_scope.files import expanded, from_anywhere, replacing
 from qwen_scope.index.config import HarvestConfig, differences
 from qwen_scope.index.feature_index import FeatureIndex
 from qwen_scope.index.fingerprint import fingerprint
@@ -73,8 +73,7 @@ def harvest(
     with _alone(work):
         _without_index(folder)
         # A path means another file in another folder.
-        options = {"corpus": str(Path(corpus).expanduser().resolve()) if _is_path(corpus) else str(corpus)}
-        options |= config.to_dict()
+        options = {"corpus": from_anywhere(str(corpus)), **config.to_dict()}
         _agree_with_before(work, options)
         scope = scope or open_scope(config)
         layers = list(scope.layers if not config.layers else sorted(set(config.layers)))
@@ -86,16 +85,12 @@ def harvest(
         shards = _shards(str(corpus), work / "shards", config, scope)
         with replacing(work / "options.json") as temporary:
             temporary.write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
-        keep = Keep(config.examples, (config.before, config.after))
+        keep = Keep.of(config)
         with stopping() as stop:
             total = Harvesting(folder, work, config, scope, layers, shards, keep, stop).run()
         finish(folder, total, shards, scope, config, str(corpus), work)
         shutil.rmtree(work, ignore_errors=True)
     return FeatureIndex.open(folder)
-
-
-def _is_path(name: str | Path) -> bool:
-    return is_file(name) or is_folder(name)
 
 
 def _without_index(folder: Path) -> None:

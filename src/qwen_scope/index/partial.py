@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from qwen_scope.index.best import Best
+from qwen_scope.index.config import HarvestConfig
 from qwen_scope.index.layout import HALF_OCTAVES
 from qwen_scope.index.windows import activations_around
 
@@ -228,6 +229,11 @@ class Keep:
     """Top examples shown of each feature."""
     window: tuple[int, int]
     """Tokens kept before and after the peak of each."""
+
+    @staticmethod
+    def of(config: HarvestConfig) -> Keep:
+        """As a harvest's options say."""
+        return Keep(config.examples, (config.before, config.after))
 
     @property
     def top(self) -> int:

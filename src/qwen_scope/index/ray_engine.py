@@ -103,7 +103,7 @@ class ShardReader:
         self.folder, self.work = Path(folder), Path(work)
         self.scope = open_scope(config)
         self.shards = Shards.open(self.work / "shards")
-        self.keep = Keep(config.examples, (config.before, config.after))
+        self.keep = Keep.of(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Reads one shard."""
