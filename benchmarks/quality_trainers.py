@@ -218,7 +218,7 @@ RECIPES = {
     "sparsify_signum": Recipe(
         "sparsify",
         ", signum",
-        (2.5e-3, 5e-3, 1e-2),
+        (2.5e-3, 5e-3, 1e-2, 2e-2),
         6.67e-3,
         True,
         "Trainer.fit with its default optimiser (sign descent in a schedule-free wrapper, momentum 0.95, constant learning "
@@ -240,7 +240,7 @@ RECIPES = {
     "sae_lens": Recipe(
         "sae_lens",
         "",
-        (1.5e-3, 3e-3),
+        (1.5e-3, 3e-3, 6e-3),
         3e-4,
         True,
         "SAETrainer.fit with TopKTrainingSAE and their defaults (tied start with decoder rows of norm 0.1, activations rescaled "

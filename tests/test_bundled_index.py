@@ -2,9 +2,9 @@
 
 import pytest
 
+from qwen_scope.fingerprint import fingerprint
 from qwen_scope.index import FeatureIndex
 from qwen_scope.index.feature_index import bundled_folder
-from qwen_scope.index.fingerprint import fingerprint
 from qwen_scope.suite import Suite
 
 

@@ -16,9 +16,9 @@ import pytest
 from index_maker import WORDS, write_index
 
 from qwen_scope import QwenScopeError, Suite
+from qwen_scope.fingerprint import fingerprint
 from qwen_scope.index import FeatureIndex
 from qwen_scope.index.feature import Token
-from qwen_scope.index.fingerprint import fingerprint
 from qwen_scope.index.labels import Label, Labels
 from qwen_scope.index.layout import DOCUMENTS, EXAMPLES, FEATURES, PAIRS, About, write_examples
 

@@ -4,7 +4,7 @@ The one place that knows where decoder layers live and what they return.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -141,6 +141,21 @@ class Backbone:
         """Where token ids must be put."""
         return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportReturnType]
 
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens by which the model ends a text, as its generation config, its configuration and its tokenizer tell."""
+        told = [
+            getattr(self.model.generation_config, "eos_token_id", None),
+            getattr(self.config, "eos_token_id", None),
+            getattr(self.tokenizer, "eos_token_id", None),
+        ]
+        return frozenset(id for ids in told if ids is not None for id in ([ids] if isinstance(ids, int) else ids))
+
+    @cached_property
+    def decoder(self) -> nn.Module:
+        """The module that runs the layers: it gets token ids (or their embeddings), mask and cache of a forward pass."""
+        return next(module for module in self.model.modules() if self.layers in module.children())
+
     @property
     def unembedding(self) -> Float[Tensor, "vocabulary d_model"]:
         """The matrix that makes logits; models can have more rows than their tokenizer has tokens.
@@ -229,6 +244,13 @@ class Backbone:
             except _LastLayerRead:
                 pass
         return captured
+
+    @torch.no_grad()
+    def next_token_logits(self, ids: Sequence[int], count: int) -> Float[Tensor, "count vocabulary"]:
+        """What the model says would come next after each of the last `count` tokens of a text, from one forward pass."""
+        read = torch.tensor([list(ids)], device=self.device)
+        with self._one_at_a_time:
+            return self.model(input_ids=read, use_cache=False, logits_to_keep=count).logits[0, -count:]
 
     @contextmanager
     def editing(self, edits: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:

@@ -31,6 +31,11 @@ def suite_folder() -> Path:
     return Path(__file__).parent / "bundled_suite"
 
 
+def maxima_file() -> Path:
+    """The highest activation of each feature of the bundled suite, in the index that comes with the package."""
+    return Path(__file__).parent / "bundled_index" / "maxima.safetensors"
+
+
 def suite_config() -> "SuiteConfig":
     """What the bundled suite says about itself."""
     from qwen_scope.checkpoint.config import SuiteConfig

@@ -1,8 +1,14 @@
-"""`Scope`: a language model together with its SAEs. Text in, features out."""
+"""`Scope`: a language model together with its SAEs. Text in, features out; features in, text out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +19,14 @@ from qwen_scope.devices import as_device
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evaluation import SAMPLE_TEXTS, CheckReport, check
 from qwen_scope.features import SparseFeatures
+from qwen_scope.generation import GeneratedToken, Generation, Sampling
+from qwen_scope.generation.generate import generate, stream
 from qwen_scope.kernels import Kernel
 from qwen_scope.reading import read_rows
+from qwen_scope.steering import Recipe, Steering
+from qwen_scope.steering.around import Following, steered
+from qwen_scope.steering.changes import Change, changes
+from qwen_scope.steering.maxima import Maxima, maxima_of
 from qwen_scope.suite import Suite, ranges
 from qwen_scope.text_features import text_features
 from qwen_scope.tokens import tokenize
@@ -167,6 +179,139 @@ class Scope:
         tokenized, _ = tokenize(SAMPLE_TEXTS if texts is None else texts, self.backbone.tokenizer)
         return check(self.backbone, self.suite, tokenized, wanted)
 
+    @cached_property
+    def maxima(self) -> Maxima:
+        """The highest activation of each feature, which strengths such as `2x` are counted in.
+
+        Of the bundled suite, those in the index that comes with it; of another, those in a sample of texts, which are lower
+        and lack rare features. `FeatureIndex.scope` has those of its corpus, and another `Maxima` can be put in place.
+        """
+        return maxima_of(self.backbone, self.suite)
+
+    def changes(self, steering: Any) -> list[Change]:
+        """A steering (whatever `Steering.of` takes) made ready, with its strengths in raw units.
+
+        Raises:
+            QwenScopeError: edits that contradict each other, or features that the suite does not have.
+        """
+        if isinstance(steering, Path) and (recipe := Recipe.load(steering)).suite != self.suite.name:
+            raise QwenScopeError(
+                f"expected a recipe for {self.suite.name}, found {steering}, which is for {recipe.suite} on {recipe.model}; use "
+                "its suite"
+            )
+        ready = changes(Steering.of(steering), self.suite, self.maxima)
+        for change in ready:
+            self.backbone.check_layer(change.edit.layer)
+        return ready
+
+    def generate(
+        self,
+        inputs: Any,
+        steering: Any = None,
+        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        *,
+        thinking: bool | None = None,
+        trace: bool = False,
+    ) -> Any:
+        """Text that continues a prompt, or answers chat messages, while features are steered.
+
+        Args:
+            inputs: one prompt or several, as for `features`.
+            steering: whatever `Steering.of` takes, for all prompts; or a list with one for each of several prompts. For one
+                prompt, a list of lists or of `Steering` and None gives a text for each.
+            sampling: how tokens are drawn, or a list with one for each text.
+            thinking: for chat messages, thinking on or off, where the model's template knows of it.
+            trace: also read each text with and without steering, to tell what it did (see `Trace`).
+
+        Returns:
+            A `Generation`; a list of them for several prompts or several steerings. Texts of one seed draw the same tokens
+            but where steering tells them apart.
+
+        Raises:
+            QwenScopeError: a steering that cannot be, a prompt beyond the model's context, positions beyond the prompt.
+        """
+        prompts, single = tokenize(inputs, self.backbone.tokenizer, thinking=thinking, reply=True)
+        each = isinstance(steering, list | tuple) and (not single or any(_is_whole(item) for item in steering))
+        steerings = list(steering) if each else [steering] * len(prompts)
+        if single and each:
+            prompts, single = prompts * len(steerings), False
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if single and len(samplings) > 1:
+            prompts, steerings, single = prompts * len(samplings), steerings * len(samplings), False
+        if not len(prompts) == len(steerings) == len(samplings):
+            raise QwenScopeError(
+                f"expected as many steerings and samplings as prompts, found {len(prompts)} prompts, {len(steerings)} steerings "
+                f"and {len(samplings)} samplings; give one of each, or as many"
+            )
+        rows = [self.changes(item) for item in steerings]
+        results = generate(self.backbone, self.suite, prompts, rows, samplings, trace=trace)
+        return results[0] if single else results
+
+    def stream(
+        self, inputs: Any, steering: Any = None, sampling: Sampling = Sampling(), *, thinking: bool | None = None
+    ) -> Iterator[GeneratedToken]:
+        """The same for one prompt, token by token as they are generated. The pieces of the tokens make the text.
+
+        Raises:
+            QwenScopeError: what `generate` refuses, or several prompts.
+        """
+        prompts, single = tokenize(inputs, self.backbone.tokenizer, thinking=thinking, reply=True)
+        if not single:
+            raise QwenScopeError(f"expected one prompt to stream, found {len(prompts)}; use generate for several")
+        return stream(self.backbone, self.suite, prompts[0], self.changes(steering), sampling)
+
+    def side_by_side(
+        self, inputs: Any, steering: Any, sampling: Sampling = Sampling(), *, thinking: bool | None = None
+    ) -> SideBySide:
+        """A prompt continued without and with steering, from one seed, with a trace of what the steering did.
+
+        Raises:
+            QwenScopeError: what `generate` refuses, or several prompts.
+        """
+        _, single = tokenize(inputs, self.backbone.tokenizer, thinking=thinking, reply=True)
+        if not single:
+            raise QwenScopeError("expected one prompt to continue side by side, found several; pass one at a time")
+        plain = self.generate(inputs, None, sampling, thinking=thinking)
+        return SideBySide(plain, self.generate(inputs, Steering.of(steering), sampling, thinking=thinking, trace=True))
+
+    def steered(self, steering: Any) -> AbstractContextManager[Following]:
+        """While the block runs, whatever runs the model is steered: forward passes, `model.generate`, pipelines.
+
+        What the first forward pass reads is the prompt. Other threads wait until the block ends.
+
+        Args:
+            steering: whatever `Steering.of` takes, for every row of a batch; or a list of lists or of `Steering` and None, one
+                for each row.
+
+        Raises:
+            QwenScopeError: a steering that cannot be.
+        """
+        each = isinstance(steering, list | tuple) and any(_is_whole(item) for item in steering)
+        rows = [self.changes(item) for item in steering] if each else [self.changes(steering)]
+        return steered(self.backbone, rows, self.suite)
+
+    def save_steering(self, path: str | Path, steering: Any, note: str = "") -> Recipe:
+        """Keeps a steering in a file, with the model and suite it is for and its strengths in raw units.
+
+        A `Path` of it is a steering, everywhere one is asked for.
+
+        Raises:
+            QwenScopeError: a steering that cannot be, or a file that cannot be written.
+        """
+        raw = [replace(change.edit, strength=change.strength, unit="raw") for change in self.changes(steering)]
+        recipe = Recipe(
+            steering=str(Steering(tuple(raw))),
+            given=str(Steering.of(steering)),
+            units=self.maxima.source,
+            model=self.backbone.name,
+            suite=self.suite.name,
+            note=note,
+            made=datetime.now(UTC).isoformat(timespec="seconds"),
+            version=metadata.version("qwen-scope"),
+        )
+        recipe.save(path)
+        return recipe
+
     def _known(self, layers: Sequence[int] | int) -> list[int]:
         """The layers asked for, in order, each of which both the suite and the model must have."""
         if isinstance(layers, int):
@@ -188,3 +333,25 @@ class Scope:
 
     def __repr__(self) -> str:
         return f"Scope({self.backbone!r}, {self.suite!r}, layers={self.layers})"
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One prompt continued twice, from one seed."""
+
+    original: Generation
+    """Without steering."""
+    steered: Generation
+    """With it, and a trace."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON."""
+        return {"original": self.original.to_dict(), "steered": self.steered.to_dict()}
+
+    def __str__(self) -> str:
+        return f"original: {self.original.text}\n\nsteered:  {self.steered.text}\n\n{self.steered.trace}"
+
+
+def _is_whole(item: Any) -> bool:
+    """Whether an item of a list is a steering of its own, and not one edit of a single steering."""
+    return item is None or isinstance(item, list | tuple | Steering | Path)

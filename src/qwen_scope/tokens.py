@@ -34,7 +34,7 @@ class TokenizedText:
 
 
 def tokenize(
-    inputs: Any, tokenizer: "PreTrainedTokenizerBase | None", *, thinking: bool | None = None
+    inputs: Any, tokenizer: "PreTrainedTokenizerBase | None", *, thinking: bool | None = None, reply: bool = False
 ) -> tuple[list[TokenizedText], bool]:
     """Any accepted input as a list of tokenized texts, and whether the input was a single one.
 
@@ -44,6 +44,7 @@ def tokenize(
     Args:
         thinking: for messages, opens the assistant's turn with thinking on or off (`enable_thinking` of the template);
             None reads the messages alone.
+        reply: for messages, opens the assistant's turn whatever `thinking` says.
 
     Raises:
         QwenScopeError: nothing to read, another kind of input, or text without a tokenizer.
@@ -63,10 +64,12 @@ def tokenize(
         raise QwenScopeError(
             f"expected text, a list of texts, token ids or chat messages, found {_describe(inputs)}; pass one of those"
         )
-    return [_tokenize_one(item, tokenizer, thinking) for item in items], single
+    return [_tokenize_one(item, tokenizer, thinking, reply) for item in items], single
 
 
-def _tokenize_one(item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinking: bool | None) -> TokenizedText:
+def _tokenize_one(
+    item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinking: bool | None, reply: bool
+) -> TokenizedText:
     if isinstance(item, list | tuple) and item and all(_is(part, int) for part in item):
         return _from_ids([int(part) for part in item], tokenizer)
     if tokenizer is None:
@@ -76,7 +79,7 @@ def _tokenize_one(item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinki
     if isinstance(item, str):
         text, from_template = item, False
     elif isinstance(item, list | tuple) and item and all(_is(part, Mapping) for part in item):
-        text, from_template = apply_template(item, tokenizer, thinking), True
+        text, from_template = apply_template(item, tokenizer, thinking, reply), True
     else:
         raise QwenScopeError(
             f"expected text, token ids or chat messages, found {_describe(item)}; pass one kind at a time"
@@ -103,9 +106,12 @@ def _tokenize_one(item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinki
 
 
 def apply_template(
-    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", thinking: bool | None = None
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    thinking: bool | None = None,
+    reply: bool = False,
 ) -> str:
-    """Chat messages as the text that the tokenizer's template makes of them; `thinking` as in `tokenize`.
+    """Chat messages as the text that the tokenizer's template makes of them; `thinking` and `reply` as in `tokenize`.
 
     Raises:
         QwenScopeError: no template, or messages that it does not take.
@@ -115,7 +121,8 @@ def apply_template(
             "expected a tokenizer with a chat template for chat messages, found one without; pass plain text instead"
         )
     # Qwen's templates look at enable_thinking only where they open the assistant's turn.
-    options = {} if thinking is None else {"enable_thinking": thinking, "add_generation_prompt": True}
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    options |= {"add_generation_prompt": True} if reply or options else {}
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))  # pyright: ignore
     except Exception as error:  # whatever the template's own code raises

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qwen_scope.index.search import By, Hit
     from qwen_scope.index.words import Words
     from qwen_scope.scope import Scope
+    from qwen_scope.steering.maxima import Maxima
 
 
 class FeatureIndex:
@@ -195,7 +196,7 @@ class FeatureIndex:
         Raises:
             QwenScopeError: they cannot be found, or are others now.
         """
-        from qwen_scope.index.fingerprint import fingerprint
+        from qwen_scope.fingerprint import fingerprint
         from qwen_scope.scope import Scope
 
         about = self.about
@@ -210,7 +211,20 @@ class FeatureIndex:
                 f"expected the suite {about.suite} that the index in {self.folder} is of, found other weights under its name; "
                 "harvest again"
             )
+        scope.maxima = self.maxima
         return scope
+
+    @cached_property
+    def maxima(self) -> Maxima:
+        """The highest activation of each feature in the corpus, which strengths of steering are counted in."""
+        import torch
+
+        from qwen_scope.steering.maxima import Maxima
+
+        def of_layer(layer: int) -> torch.Tensor:
+            return torch.tensor([value or 0.0 for value in self.table(layer, ["max"]).column("max").to_pylist()])
+
+        return Maxima(of_layer, f"the index of {self.about.corpus}")
 
     @cached_property
     def words(self) -> Words:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from qwen_scope.bundled import GGUF_SHA256
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import from_anywhere
+from qwen_scope.fingerprint import fingerprint
 from qwen_scope.index.chosen import Chosen, chosen_examples
 from qwen_scope.index.effects import logit_effects
-from qwen_scope.index.fingerprint import fingerprint
 from qwen_scope.index.labels import now
 from qwen_scope.index.layout import EXAMPLES, FEATURES, About, write_examples, write_features
 from qwen_scope.index.neighbours import similar, together

@@ -23,9 +23,9 @@ from qwen_scope.checkpoint.weights import read_json
 from qwen_scope.corpus import located
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, from_anywhere, replacing
+from qwen_scope.fingerprint import fingerprint
 from qwen_scope.index.config import HarvestConfig, differences
 from qwen_scope.index.feature_index import FeatureIndex
-from qwen_scope.index.fingerprint import fingerprint
 from qwen_scope.index.finish import finish
 from qwen_scope.index.layout import layer_folder
 from qwen_scope.index.partial import Keep, Partial
