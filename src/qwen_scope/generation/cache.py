@@ -81,7 +81,7 @@ class RowCache:
         if len(self.lengths) >= self.rows or longer > self.start or not self.lengths:
             self._make_room(max(1, self.rows, 2 * len(self.lengths)), longer)
         self.start -= longer
-        end = self.end if self.lengths else self.start + length
+        end = self.start + max(self.longest, length)
         for layer, source in zip(self._layers, prompt.layers, strict=True):
             layer.join(source, len(self.lengths), end, length)
         self.lengths.append(length)
