@@ -43,6 +43,8 @@ def tables(name: str, results: Path) -> str:
         "load": load,
         "harvest": harvest,
         "index": index,
+        "steer": steer,
+        "serve": serve,
     }
     return made[found["benchmark"]](found)
 
@@ -141,6 +143,48 @@ def pipeline(found: Found) -> str:
         f"{speeds['share_of_the_slower_half']:.0%} of the slower half."
     )
     return f"{about}\n\n{table(['what', 'tokens per second'], rows)}\n"
+
+
+def steer(found: Found) -> str:
+    parameters, names = found["parameters"], list(found["parameters"]["edits"])
+    rows = [
+        [
+            f"{r['rows']}",
+            f"{r['tokens_per_second'][OURS]:.1f}",
+            *(f"{r['times_as_fast'][name] - 1:+.1%}" for name in names),
+        ]
+        for r in found["cost"]
+    ]
+    together, other = found["together"], found["transformers"]
+    alone = "one after another"
+    about = (
+        f"The bundled model in {parameters['dtype']}, {parameters['tokens']} tokens generated for each text, {conditions(found)} "
+        f"Medians of {parameters['rounds']} interleaved rounds. Below, how much longer a text takes under each kind of edit."
+    )
+    after = (
+        f"{parameters['together']} texts, each with another steering, together: {together['tokens_per_second'][OURS]:.0f} tokens "
+        f"per second, one after another {together['tokens_per_second'][alone]:.1f}: {speed(together, alone)}; "
+        f"{together['same_tokens']} of {parameters['together']} have the same tokens both ways.\n\nOne steered text takes "
+        f"transformers' own `generate` with a hook {speed(other, 'transformers')} the time of `Scope.generate`; the tokens are "
+        f"{'the same' if other['same_tokens'] else 'not the same'}."
+    )
+    head = ["texts at once", "tokens per second, unsteered", *(f"`{parameters['edits'][name]}`" for name in names)]
+    return f"{about}\n\n{table(head, rows)}\n\n{after}\n"
+
+
+def serve(found: Found) -> str:
+    parameters, together, load = found["parameters"], found["together"], found["load"]
+    memory, took = load["resident_mib"], together["seconds"]
+    rows = [[name, f"{count}"] for name, count in load["requests"].items()]
+    about = (
+        f"{parameters['model'].capitalize()}, {conditions(found)} {parameters['clients']} clients, each with another steering and "
+        f"{parameters['tokens']} tokens to get: {took['together']:.1f} s all at once, {took['one after another']:.1f} s one after "
+        f"another, {together['times_as_fast']:.1f}x; {together['same_texts']} of {parameters['clients']} get the same text both "
+        f"ways.\n\n{parameters['minutes']:g} minutes of mixed load by {parameters['load_clients']} clients: {load['failed']} of "
+        f"{sum(load['requests'].values())} requests failed. The server held {memory['second third']:.0f} MiB (median) in the second "
+        f"third of the time and {memory['last third']:.0f} MiB in the last."
+    )
+    return f"{about}\n\n{table(['request', 'count'], rows)}\n"
 
 
 def harvest(found: Found) -> str:

@@ -19,7 +19,7 @@ BENCHMARKS = ROOT / "benchmarks"
 COMMITTED = BENCHMARKS / "results"
 ALWAYS_COMMITTED = {"encode", "encode-1-thread", "training", "layers", "load", "harvest", "index"}
 MARKED = {"README.md": {"summary"}, "docs/performance.md": ALWAYS_COMMITTED | {"encode-large"}}
-SCRIPTS = ["encode", "training", "quality", "layers", "load", "harvest", "index"]
+SCRIPTS = ["encode", "training", "quality", "pipeline", "layers", "load", "harvest", "index", "steer", "serve"]
 WAYS = {"card", "qwen_scope", "qwen_scope_prepared"}
 
 
@@ -39,7 +39,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("two of the benchmarks need Linux")
     results = tmp_path_factory.mktemp("results")
     options = {"training": ["--threads", "1"], "layers": ["--folder", results], "load": ["--folder", results]}
-    options["harvest"] = ["--folder", results]
+    options["harvest"] = options["pipeline"] = ["--folder", results]
 
     def run(script: str) -> subprocess.CompletedProcess[str]:
         return python(f"{script}.py", "--quick", "--out", results / f"{script}.json", *options.get(script, []))
@@ -61,6 +61,9 @@ def check_structure(found: dict[str, Any]) -> None:
         "load": check_load,
         "harvest": check_harvest,
         "index": check_index,
+        "pipeline": check_pipeline,
+        "steer": check_steer,
+        "serve": check_serve,
     }
     checks[found["benchmark"]](found)
 
@@ -173,6 +176,33 @@ def check_index(found: dict[str, Any]) -> None:
         low, high = result["quartiles"]
         assert 0 < low <= result["seconds"] <= high <= result["worst_seconds"]
     assert found["search_built_seconds"] > 0
+
+
+def check_pipeline(found: dict[str, Any]) -> None:
+    speeds = found["tokens_per_second"]
+    assert set(speeds) == {"reading", "training", "together", "share_of_the_slower_half"}
+    assert min(speeds.values()) > 0
+
+
+def check_steer(found: dict[str, Any]) -> None:
+    edits, parameters = set(found["parameters"]["edits"]), found["parameters"]
+    assert [r["rows"] for r in found["cost"]] == list(parameters["rows"])
+    for result in found["cost"]:
+        check_timed(result, {"qwen_scope", *edits}, parameters["rounds"])
+    check_timed(found["together"], {"qwen_scope", "one after another"}, parameters["rounds_together"])
+    check_timed(found["transformers"], {"qwen_scope", "transformers"}, parameters["rounds"])
+    assert found["together"]["same_tokens"] == parameters["together"]
+    assert found["transformers"]["same_tokens"]
+
+
+def check_serve(found: dict[str, Any]) -> None:
+    parameters, load = found["parameters"], found["load"]
+    assert found["together"]["same_texts"] == parameters["clients"]
+    assert min(found["together"]["seconds"].values()) > 0
+    assert load["failed"] == 0, load["requests"]
+    assert sum(load["requests"].values()) > 0
+    assert load["left_running"] == 0
+    assert min(load["resident_mib"].values()) > 0
 
 
 def check_kernel(found: dict[str, Any]) -> None:
