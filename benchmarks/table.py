@@ -177,12 +177,12 @@ def serve(found: Found) -> str:
     memory, took = load["resident_mib"], together["seconds"]
     rows = [[name, f"{count}"] for name, count in load["requests"].items()]
     about = (
-        f"{parameters['model'].capitalize()}, {conditions(found)} {parameters['clients']} clients, each with another steering and "
-        f"{parameters['tokens']} tokens to get: {took['together']:.1f} s all at once, {took['one after another']:.1f} s one after "
-        f"another, {together['times_as_fast']:.1f}x; {together['same_texts']} of {parameters['clients']} get the same text both "
+        f"{parameters['model'].capitalize()}, {conditions(found)} {parameters['clients']} clients, each with another steering "
+        f"and {parameters['tokens']} tokens to get: {took['together']:.1f} s all at once, {took['one after another']:.1f} s one "
+        f"after another, {together['times_as_fast']:.1f}x; {together['same_texts']} of {parameters['clients']} get the same text both "
         f"ways.\n\n{parameters['minutes']:g} minutes of mixed load by {parameters['load_clients']} clients: {load['failed']} of "
-        f"{sum(load['requests'].values())} requests failed. The server held {memory['second third']:.0f} MiB (median) in the second "
-        f"third of the time and {memory['last third']:.0f} MiB in the last."
+        f"{sum(load['requests'].values())} requests failed. The server held {memory['second third']:.0f} MiB (median) in the "
+        f"second third of the time and {memory['last third']:.0f} MiB in the last."
     )
     return f"{about}\n\n{table(['request', 'count'], rows)}\n"
 

@@ -104,7 +104,6 @@ class Changes:
 
         return {layer: writer(layer) for layer in self.layers}
 
-    @torch.no_grad()
     def _write_generated(self, layer: int, x: Float[Tensor, "batch 1 d_model"]) -> Float[Tensor, "batch 1 d_model"]:
         others: list[list[Bool[Tensor, " one"] | None]] = [[None] * len(row) for row in self.rows]
         here = torch.ones(1, dtype=torch.bool)
@@ -132,7 +131,6 @@ class Changes:
             self._added[layer] = total.to(x)
         return self._added[layer]
 
-    @torch.no_grad()
     def _write(
         self,
         layer: int,

@@ -94,9 +94,7 @@ class Edit:
 
     def __str__(self) -> str:
         sign = {"add": "", "clamp": "=", "scale": "*", "ablate": "ablate"}[self.how]
-        number = "" if self.how == "ablate" else f"{self.strength:.17g}" if self.strength != int(self.strength) else ""
-        if self.how != "ablate" and not number:
-            number = str(int(self.strength)) if abs(self.strength) < 1e15 else repr(float(self.strength))
+        number = "" if self.how == "ablate" else repr(float(self.strength)).removesuffix(".0")
         place = "" if self.where == Where() else f"@{self.where}"
         return f"{self.name}:{sign}{number}{'x' if self.unit == 'x' else ''}{place}"
 
