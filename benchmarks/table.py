@@ -179,8 +179,10 @@ def serve(found: Found) -> str:
     about = (
         f"{parameters['model'].capitalize()}, {conditions(found)} {parameters['clients']} clients, each with another steering "
         f"and {parameters['tokens']} tokens to get: {took['together']:.1f} s all at once, {took['one after another']:.1f} s one "
-        f"after another, {together['times_as_fast']:.1f}x; {together['same_texts']} of {parameters['clients']} get the same text both "
-        f"ways.\n\n{parameters['minutes']:g} minutes of mixed load by {parameters['load_clients']} clients: {load['failed']} of "
+        f"after another, {together['times_as_fast']:.1f}x; {together['same_texts']} of them get the same text both ways."
+    )
+    about += (
+        f"\n\n{parameters['minutes']:g} minutes of mixed load by {parameters['load_clients']} clients: {load['failed']} of "
         f"{sum(load['requests'].values())} requests failed. The server held {memory['second third']:.0f} MiB (median) in the "
         f"second third of the time and {memory['last third']:.0f} MiB in the last."
     )
