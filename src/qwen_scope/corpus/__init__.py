@@ -5,6 +5,6 @@ with the corpus. Only a `.json` file that holds one list is read whole.
 """
 
 from qwen_scope.corpus.columns import Document
-from qwen_scope.corpus.stream import documents, located
+from qwen_scope.corpus.stream import documents, located, rows
 
-__all__ = ["Document", "documents", "located"]
+__all__ = ["Document", "documents", "located", "rows"]

@@ -1,6 +1,6 @@
 """Which column of a row holds its text or messages, and what makes a document of it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ _NAMED = ("text", "messages", "conversations", "conversation")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
+Wanted = str | tuple[str, ...] | None
+"""The column asked for, several of them, or None for the one that holds the text."""
+
+
 def choose(columns: Mapping[str, bool], asked: str | None, where: str) -> str:
     """The column to read, of columns that hold strings or do not."""
     strings = [name for name, is_string in columns.items() if is_string]
@@ -29,13 +33,25 @@ def choose(columns: Mapping[str, bool], asked: str | None, where: str) -> str:
     raise QwenScopeError(f"expected {expected} in {where}, found {found}; choose one with --column (column= in Python)")
 
 
-def in_column(rows: Iterator[tuple[str, Any]], column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
-    """The values in the column to read of rows with their places."""
-    chosen = None
+def chosen_columns(columns: Mapping[str, bool], wanted: Wanted, where: str) -> list[str]:
+    """The columns to read: one that holds the text, or all of those asked for."""
+    if isinstance(wanted, tuple):
+        return [choose(columns, name, where) for name in wanted]
+    return [choose(columns, wanted, where)]
+
+
+def in_column(rows: Iterator[tuple[str, Any]], column: Wanted, broken: Broken = None) -> Iterator[tuple[str, Any]]:
+    """The values in the column to read of rows with their places; of several columns, a dict of them."""
+    chosen: list[str] = []
     for where, row in parsed_or_told(rows, _row, broken):
-        if chosen is None:
-            chosen = choose({name: isinstance(value, str) for name, value in row.items()}, column, where)
-        yield where, row.get(chosen)
+        if not chosen:
+            chosen = chosen_columns({name: isinstance(value, str) for name, value in row.items()}, column, where)
+        yield where, picked([row.get(name) for name in chosen], column)
+
+
+def picked(values: Sequence[Any], wanted: Wanted) -> Any:
+    """The value of the one column, or a dict of those asked for."""
+    return dict(zip(wanted, values, strict=True)) if isinstance(wanted, tuple) else values[0]
 
 
 def parsed_or_told(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.corpus.columns import Broken, choose, in_column, parsed_or_told, unreadable
+from qwen_scope.corpus.columns import Broken, Wanted, chosen_columns, in_column, parsed_or_told, picked, unreadable
 from qwen_scope.errors import QwenScopeError
 
 _PIECE = 1 << 20
@@ -23,15 +23,19 @@ def ending(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def text_pieces(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
+def text_pieces(path: Path, column: Wanted, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """A text file as one document, or in pieces if it is long."""
+    if isinstance(column, tuple):
+        raise QwenScopeError(
+            f"expected rows with the columns {', '.join(column)} in {path}, found a plain text; use JSONL, CSV or Parquet"
+        )
     start = 0
     for piece in _pieces(path, _PIECE):
         yield f"{path} from character {start}" if start else str(path), piece
         start += len(piece)
 
 
-def json_rows(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path, column: Wanted, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """The rows of one list, or those of lines."""
     if not next((line for line in _pieces(path, 1) if not line.isspace()), "").lstrip().startswith("["):
         yield from json_lines(path, column, broken)
@@ -40,19 +44,19 @@ def json_rows(path: Path, column: str | None, broken: Broken = None) -> Iterator
     yield from in_column(((f"row {number} of {path}", row) for number, row in enumerate(rows, 1)), column, broken)
 
 
-def json_lines(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
+def json_lines(path: Path, column: Wanted, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """A row a line."""
     lines = ((f"line {number} of {path}", line) for number, line in enumerate(_pieces(path, 1, broken), 1))
     whole = ((where, line) for where, line in lines if not line.isspace())
     yield from in_column(parsed_or_told(whole, _parsed, broken), column, broken)
 
 
-def separated_rows(path: Path, column: str | None, broken: Broken = None) -> Iterator[tuple[str, Any]]:
+def separated_rows(path: Path, column: Wanted, broken: Broken = None) -> Iterator[tuple[str, Any]]:
     """The rows of a CSV or TSV file, whose first names the columns."""
     # The module's limit of 128 KiB a field holds for the whole process, and documents are longer.
     csv.field_size_limit(2**31 - 1)
     rows = csv.reader(_pieces(path, 1), delimiter="\t" if ending(path) == ".tsv" else ",", strict=True)
-    index = None
+    places: list[int] | None = None
     while True:
         try:
             row = next(rows, None)
@@ -62,14 +66,19 @@ def separated_rows(path: Path, column: str | None, broken: Broken = None) -> Ite
             wrong = QwenScopeError(
                 f"expected rows with quotes in pairs in {path}, found line {rows.line_num} otherwise ({error}); correct it"
             )
-            if broken is None or index is None:
+            if broken is None or places is None:
                 raise wrong from error
             broken(str(wrong))
             continue
-        if index is None:
-            index = row.index(choose(dict.fromkeys(row, True), column, str(path))) if row else 0
+        if places is None:
+            places = (
+                [row.index(name) for name in chosen_columns(dict.fromkeys(row, True), column, str(path))]
+                if row
+                else [0]
+            )
         else:
-            yield f"line {rows.line_num} of {path}", row[index] if index < len(row) else None
+            values = [row[place] if place < len(row) else None for place in places]
+            yield f"line {rows.line_num} of {path}", picked(values, column)
 
 
 def _pieces(path: Path, size: int, broken: Broken = None) -> Iterator[str]:

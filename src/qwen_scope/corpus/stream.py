@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen_scope.corpus.columns import Broken, Document, as_document, is_blank, parsed_or_told, unreadable
+from qwen_scope.corpus.columns import Broken, Document, Wanted, as_document, is_blank, parsed_or_told, unreadable
 from qwen_scope.corpus.files import NotText, ending, json_lines, json_rows, separated_rows, text_pieces
 from qwen_scope.corpus.tables import hub_rows, parquet_rows, saved_rows
 from qwen_scope.errors import QwenScopeError
@@ -92,6 +92,23 @@ def located(
         )
 
 
+def rows(
+    source: str | Path,
+    columns: tuple[str, ...],
+    *,
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = True,
+    broken: Broken = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Some columns of the rows of a table (JSONL, JSON, CSV, Parquet, a folder of those, a dataset), each with the words that
+    say where it was, always in the same order. Values are as they were stored, None where a row lacks one.
+
+    For the arguments and errors see `located`.
+    """
+    yield from _values(source, columns, split, config, streaming, broken)
+
+
 def _locate(source: str | Path) -> Path | str:
     """The file or folder that a source names, or the dataset's id that it is."""
     name = str(source)
@@ -107,7 +124,7 @@ def _locate(source: str | Path) -> Path | str:
 
 
 def _values(
-    source: str | Path, column: str | None, split: str, config: str | None, streaming: bool, broken: Broken
+    source: str | Path, column: Wanted, split: str, config: str | None, streaming: bool, broken: Broken
 ) -> Iterator[tuple[str, Any]]:
     """Each text or row's value as it was stored, with the words that say where it was."""
     place = _locate(source)
@@ -120,7 +137,7 @@ def _values(
     return _folder(place, column, broken)
 
 
-def _folder(folder: Path, column: str | None, broken: Broken) -> Iterator[tuple[str, Any]]:
+def _folder(folder: Path, column: Wanted, broken: Broken) -> Iterator[tuple[str, Any]]:
     files = skipped = 0
     for path in _files(folder):
         files += 1

@@ -1,0 +1,128 @@
+"""`Fired`: which features each item of a set fires, as one sparse matrix of items by features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from tqdm import tqdm
+
+from qwen_scope.corpus import Document
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.outliers import norm_outliers
+from qwen_scope.reading import read_rows
+from qwen_scope.tokens import tokenize
+
+if TYPE_CHECKING:
+    from qwen_scope.scope import Scope
+
+Position = Literal["last", "any"]
+"""Where an item must fire a feature: at its `last` token (the report, section 4), or at `any` token but the first and norm
+outliers (the report, section 5)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fired:
+    """Which features each item fires, in the compressed rows of a sparse matrix: item i fires
+    `features[starts[i] : starts[i + 1]]`, in ascending order, no feature twice."""
+
+    starts: Int[ndarray, " items_and_one"]
+    """Where each item begins, and where the last one ends."""
+    features: Int[ndarray, " pairs"]
+    """Numbers of features, int32."""
+    values: Float[ndarray, " pairs"]
+    """The highest value of each there, float32."""
+    d_sae: int
+    """Width of the dictionary."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def counts(self) -> Int[ndarray, " d_sae"]:
+        """By how many items each feature is fired."""
+        return np.bincount(self.features, minlength=self.d_sae)
+
+    @property
+    def items(self) -> Int[ndarray, " pairs"]:
+        """Which item each pair is of."""
+        return np.repeat(np.arange(len(self)), np.diff(self.starts))
+
+    def of(self, item: int) -> Int[ndarray, " fired"]:
+        """The features that one item fires."""
+        return self.features[self.starts[item] : self.starts[item + 1]]
+
+    def take(self, items: Int[ndarray, " taken"]) -> Fired:
+        """The same of some items, in the order given, repeated where they are."""
+        lengths = np.diff(self.starts)[items]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        at = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths) + np.repeat(self.starts[:-1][items], lengths)
+        return Fired(starts, self.features[at], self.values[at], self.d_sae)
+
+
+def fired(
+    scope: Scope, texts: Sequence[Document], layer: int, position: Position = "last", *, progress: bool = True
+) -> Fired:
+    """Reads each item through the model and one SAE, and keeps which features it fires (value > 0) and how much at most.
+
+    Args:
+        texts: texts or chat messages; each is read whole, alone.
+        layer: whose features.
+        position: see `Position`.
+        progress: whether to show a bar.
+
+    Raises:
+        QwenScopeError: an item that cannot be read or is longer than the model's context, or a layer that is not there.
+    """
+    if position not in get_args(Position):
+        raise QwenScopeError(f"expected position 'last' or 'any', found {position!r}; choose one of the two")
+    scope.suite[layer]
+    tokenized, _ = tokenize(list(texts), scope.backbone.tokenizer)
+    sae = scope.suite[layer]
+    found: list[tuple[int, np.ndarray, np.ndarray]] = []
+    with tqdm(
+        total=sum(map(len, tokenized)), desc="reading", unit="token", disable=not progress or len(texts) < 64
+    ) as bar:
+        for order, residuals in read_rows(tokenized, scope.backbone, [layer], told=bar.update):
+            x = residuals[layer]
+            lengths = torch.tensor([len(tokenized[text]) for text in order])
+            ends = lengths.cumsum(0)
+            owner = torch.repeat_interleave(torch.arange(len(order)), lengths)
+            if position == "last":
+                kept = ends - 1
+            else:
+                first = torch.zeros(len(x), dtype=torch.bool)
+                first[ends - lengths] = True
+                kept = (~first & ~norm_outliers(x).cpu()).nonzero()[:, 0]
+            if not len(kept):
+                found += [(text, np.empty(0, np.int32), np.empty(0, np.float32)) for text in order]
+                continue
+            features = sae.encode(x[kept.to(x.device)].to(sae.device))
+            active = features.active.cpu()
+            owners = owner[kept][:, None].expand_as(active)[active].numpy()
+            numbers = features.indices.cpu()[active].numpy()
+            values = features.values.cpu()[active].float().numpy()
+            # By owner, then feature, then the highest value first: the first of each pair is kept.
+            by = np.lexsort((-values, numbers, owners))
+            owners, numbers, values = owners[by], numbers[by], values[by]
+            leads = np.ones(len(owners), dtype=bool)
+            leads[1:] = (owners[1:] != owners[:-1]) | (numbers[1:] != numbers[:-1])
+            owners, numbers, values = owners[leads], numbers[leads], values[leads]
+            cuts = np.searchsorted(owners, np.arange(len(order) + 1))
+            found += [
+                (text, numbers[a:b].astype(np.int32), values[a:b])
+                for text, a, b in zip(order, cuts[:-1], cuts[1:], strict=True)
+            ]
+    found.sort(key=lambda item: item[0])
+    starts = np.concatenate([[0], np.cumsum([len(numbers) for _, numbers, _ in found])]).astype(np.int64)
+    return Fired(
+        starts,
+        np.concatenate([numbers for _, numbers, _ in found]),
+        np.concatenate([values for _, _, values in found]),
+        sae.d_sae,
+    )

@@ -1,0 +1,197 @@
+"""`Footprint`: the features that a set fires, item by item, saved and compared without reading the set again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qwen_scope.corpus import Document
+from qwen_scope.corpus.columns import Broken
+from qwen_scope.data.fired import Fired, Position, fired
+from qwen_scope.data.items import read_items
+from qwen_scope.errors import QwenScopeError
+from qwen_scope.files import expanded, read_safetensors, write_safetensors
+from qwen_scope.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from qwen_scope.scope import Scope
+
+FORMAT = "qwen-scope footprint 1"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a footprint is of."""
+
+    name: str
+    """What the set is called."""
+    source: str
+    """Where its items were read from."""
+    template: str | None
+    """The template that made a text of each row, if one did."""
+    items: int
+    """How many items it has."""
+    left_out: int
+    """Rows that could not be used."""
+    layer: int
+    """Whose features, from 0."""
+    position: Position
+    """Where an item must fire a feature."""
+    model: str
+    """The language model."""
+    suite: str
+    """The SAEs."""
+    fingerprint: str
+    """A hash of the SAE's weights: footprints of others cannot be compared with it."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Footprint:
+    """The features that a set fires, item by item (the report, section 4)."""
+
+    about: About
+    """What it is of."""
+    fired: Fired
+    """Which features each item fires."""
+
+    @staticmethod
+    def of(
+        scope: Scope,
+        source: str | Path | Sequence[Document],
+        *,
+        layer: int,
+        position: Position = "last",
+        name: str | None = None,
+        column: str | None = None,
+        template: str | None = None,
+        split: str = "train",
+        subset: str | None = None,
+        count: int | None = None,
+        broken: Broken = None,
+    ) -> Footprint:
+        """Reads a set through the model and one SAE.
+
+        Args:
+            source: a file, folder or Hugging Face dataset, or the texts themselves.
+            layer: whose features.
+            position: `last` counts what fires at each item's last token, as the report does; `any` what fires anywhere.
+            name: what to call the set; its file's name unless told.
+
+        For the other arguments see `qwen_scope.data.items.read_items`.
+
+        Raises:
+            QwenScopeError: a set that cannot be read, or a layer that is not there.
+        """
+        left_out = 0
+
+        def told(sentence: str) -> None:
+            nonlocal left_out
+            left_out += 1
+            if broken is not None:
+                broken(sentence)
+
+        items = read_items(
+            source,
+            column=column,
+            template=template,
+            split=split,
+            subset=subset,
+            count=count,
+            broken=None if broken is None else told,
+        )
+        from_list = not isinstance(source, str | Path)
+        about = About(
+            name=name or ("texts" if from_list else Path(str(source)).stem),
+            source="a list" if from_list else str(source),
+            template=template,
+            items=len(items),
+            left_out=left_out,
+            layer=layer,
+            position=position,
+            model=scope.backbone.name,
+            suite=scope.suite.name,
+            fingerprint=fingerprint(scope.suite, [layer]),
+        )
+        return Footprint(about, fired(scope, items.texts, layer, position))
+
+    @property
+    def name(self) -> str:
+        """What the set is called."""
+        return self.about.name
+
+    @property
+    def features(self) -> np.ndarray:
+        """F(D): the features that any item fires, ascending."""
+        return np.flatnonzero(self.fired.counts)
+
+    def __len__(self) -> int:
+        return len(self.fired)
+
+    def save(self, path: str | Path) -> None:
+        """Writes it to one safetensors file, atomically."""
+        tensors = {
+            "starts": torch.from_numpy(self.fired.starts),
+            "features": torch.from_numpy(self.fired.features),
+            "values": torch.from_numpy(self.fired.values),
+        }
+        write_safetensors(
+            expanded(path),
+            tensors,
+            {"format": FORMAT, "about": json.dumps(asdict(self.about)), "d_sae": str(self.fired.d_sae)},
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> Footprint:
+        """Reads what `save` wrote.
+
+        Raises:
+            QwenScopeError: no such file, another kind, or a damaged one.
+        """
+        place = expanded(path)
+        tensors, metadata = read_safetensors(place)
+        if metadata.get("format") != FORMAT:
+            raise QwenScopeError(f"expected a footprint at {place}, found another file; make one with Footprint.save")
+        try:
+            about: dict[str, Any] = json.loads(metadata["about"])
+            arrays = {name: tensors[name].numpy() for name in ("starts", "features", "values")}
+            d_sae = int(metadata["d_sae"])
+            whole = Fired(arrays["starts"], arrays["features"], arrays["values"], d_sae)
+            made = Footprint(About(**about), whole)
+        except (KeyError, TypeError, ValueError) as error:
+            raise QwenScopeError(
+                f"expected a whole footprint at {place}, found a damaged one ({error}); make it again"
+            ) from error
+        if whole.starts[-1] != len(whole.features) or whole.features.max(initial=0) >= d_sae:
+            raise QwenScopeError(f"expected a whole footprint at {place}, found a damaged one; make it again")
+        return made
+
+    def __repr__(self) -> str:
+        about = self.about
+        return (
+            f"Footprint({about.name!r}, {len(self)} items, {len(self.features)} features of layer {about.layer}, "
+            f"{about.position})"
+        )
+
+
+def check_comparable(footprints: Sequence[Footprint]) -> None:
+    """Raises a QwenScopeError unless all are of the same SAE and position."""
+    if not footprints:
+        raise QwenScopeError("expected footprints to compare, found none; give at least one")
+    first = footprints[0].about
+    for other in (footprint.about for footprint in footprints[1:]):
+        if (other.layer, other.fingerprint) != (first.layer, first.fingerprint):
+            raise QwenScopeError(
+                f"expected footprints of one SAE, found {first.name} of layer {first.layer} of {first.suite} and {other.name} of "
+                f"layer {other.layer} of {other.suite}; make them with the same suite and layer"
+            )
+        if other.position != first.position:
+            raise QwenScopeError(
+                f"expected footprints of one position, found {first.name} with {first.position!r} and {other.name} with "
+                f"{other.position!r}; make them alike"
+            )
