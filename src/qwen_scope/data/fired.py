@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
+from torch import Tensor
 from tqdm import tqdm
 
 from qwen_scope.corpus import Document
@@ -65,15 +66,41 @@ class Fired:
         return Fired(starts, self.features[at], self.values[at], self.d_sae)
 
 
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What one pass of the model over a set's items gives."""
+
+    fired: dict[int, Fired]
+    """By layer, which features each item fires."""
+    means: dict[int, Float[ndarray, "items d_model"]]
+    """By layer, the mean residual over the same tokens, float32; empty if not asked for."""
+    lengths: Int[ndarray, " items"]
+    """Tokens of each item."""
+
+
 def fired(
     scope: Scope, texts: Sequence[Document], layer: int, position: Position = "last", *, progress: bool = True
 ) -> Fired:
-    """Reads each item through the model and one SAE, and keeps which features it fires (value > 0) and how much at most.
+    """Which features of one layer each item fires; see `read`."""
+    return read(scope, texts, [layer], position, progress=progress).fired[layer]
+
+
+def read(
+    scope: Scope,
+    texts: Sequence[Document],
+    layers: Sequence[int],
+    position: Position = "last",
+    *,
+    means: bool = False,
+    progress: bool = True,
+) -> Read:
+    """Reads each item through the model and its SAEs, and keeps which features it fires (value > 0) and how much at most.
 
     Args:
         texts: texts or chat messages; each is read whole, alone.
-        layer: whose features.
+        layers: whose features, all from one pass of the model.
         position: see `Position`.
+        means: whether to keep mean residuals too, as linear probes need them.
         progress: whether to show a bar.
 
     Raises:
@@ -81,48 +108,74 @@ def fired(
     """
     if position not in get_args(Position):
         raise QwenScopeError(f"expected position 'last' or 'any', found {position!r}; choose one of the two")
-    scope.suite[layer]
+    for layer in layers:
+        scope.suite[layer]
     tokenized, _ = tokenize(list(texts), scope.backbone.tokenizer)
-    sae = scope.suite[layer]
-    found: list[tuple[int, np.ndarray, np.ndarray]] = []
-    with tqdm(
-        total=sum(map(len, tokenized)), desc="reading", unit="token", disable=not progress or len(texts) < 64
-    ) as bar:
-        for order, residuals in read_rows(tokenized, scope.backbone, [layer], told=bar.update):
-            x = residuals[layer]
+    widths = {layer: scope.suite[layer].d_sae for layer in layers}
+    parts: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {layer: [] for layer in layers}
+    pooled = {layer: np.zeros((len(texts), scope.backbone.d_model), np.float32) for layer in layers if means}
+    total = sum(map(len, tokenized))
+    with tqdm(total=total, desc="reading", unit="token", disable=not progress or len(texts) < 64) as bar:
+        for order, residuals in read_rows(tokenized, scope.backbone, layers, told=bar.update):
             lengths = torch.tensor([len(tokenized[text]) for text in order])
-            ends = lengths.cumsum(0)
             owner = torch.repeat_interleave(torch.arange(len(order)), lengths)
-            if position == "last":
-                kept = ends - 1
-            else:
-                first = torch.zeros(len(x), dtype=torch.bool)
-                first[ends - lengths] = True
-                kept = (~first & ~norm_outliers(x).cpu()).nonzero()[:, 0]
-            if not len(kept):
-                found += [(text, np.empty(0, np.int32), np.empty(0, np.float32)) for text in order]
-                continue
-            features = sae.encode(x[kept.to(x.device)].to(sae.device))
-            active = features.active.cpu()
-            owners = owner[kept][:, None].expand_as(active)[active].numpy()
-            numbers = features.indices.cpu()[active].numpy()
-            values = features.values.cpu()[active].float().numpy()
-            # By owner, then feature, then the highest value first: the first of each pair is kept.
-            by = np.lexsort((-values, numbers, owners))
-            owners, numbers, values = owners[by], numbers[by], values[by]
-            leads = np.ones(len(owners), dtype=bool)
-            leads[1:] = (owners[1:] != owners[:-1]) | (numbers[1:] != numbers[:-1])
-            owners, numbers, values = owners[leads], numbers[leads], values[leads]
-            cuts = np.searchsorted(owners, np.arange(len(order) + 1))
-            found += [
-                (text, numbers[a:b].astype(np.int32), values[a:b])
-                for text, a, b in zip(order, cuts[:-1], cuts[1:], strict=True)
-            ]
-    found.sort(key=lambda item: item[0])
-    starts = np.concatenate([[0], np.cumsum([len(numbers) for _, numbers, _ in found])]).astype(np.int64)
+            for layer in layers:
+                x = residuals.pop(layer)
+                kept = _kept(x, lengths, position)
+                if means:
+                    pooled[layer][order] = _means(x[kept.to(x.device)], owner[kept], len(order))
+                parts[layer] += _pairs(scope, layer, x, kept, owner, order)
+    return Read(
+        {layer: _joined(parts.pop(layer), widths[layer]) for layer in layers},
+        pooled,
+        np.array([len(text) for text in tokenized]),
+    )
+
+
+def _kept(x: Tensor, lengths: Tensor, position: Position) -> Tensor:
+    """Which rows count, of texts that lie one after another."""
+    ends = lengths.cumsum(0)
+    if position == "last":
+        return ends - 1
+    first = torch.zeros(len(x), dtype=torch.bool)
+    first[ends - lengths] = True
+    return (~first & ~norm_outliers(x).cpu()).nonzero()[:, 0]
+
+
+def _means(x: Tensor, owner: Tensor, items: int) -> np.ndarray:
+    total = torch.zeros(items, x.shape[1], dtype=torch.float64).index_add_(0, owner, x.cpu().double())
+    counts = torch.bincount(owner, minlength=items).clamp_min(1)
+    return (total / counts[:, None]).float().numpy()
+
+
+def _pairs(
+    scope: Scope, layer: int, x: Tensor, kept: Tensor, owner: Tensor, order: list[int]
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Each text with the features it fires, in ascending order, and the highest value of each."""
+    if not len(kept):
+        return [(text, np.empty(0, np.int32), np.empty(0, np.float32)) for text in order]
+    sae = scope.suite[layer]
+    features = sae.encode(x[kept.to(x.device)].to(sae.device))
+    active = features.active.cpu()
+    owners = owner[kept][:, None].expand_as(active)[active].numpy()
+    numbers = features.indices.cpu()[active].numpy()
+    values = features.values.cpu()[active].float().numpy()
+    # By owner, then feature, then the highest value first: the first of each pair is kept.
+    by = np.lexsort((-values, numbers, owners))
+    owners, numbers, values = owners[by], numbers[by], values[by]
+    leads = np.ones(len(owners), dtype=bool)
+    leads[1:] = (owners[1:] != owners[:-1]) | (numbers[1:] != numbers[:-1])
+    owners, numbers, values = owners[leads], numbers[leads].astype(np.int32), values[leads]
+    cuts = np.searchsorted(owners, np.arange(len(order) + 1))
+    return [(text, numbers[a:b], values[a:b]) for text, a, b in zip(order, cuts[:-1], cuts[1:], strict=True)]
+
+
+def _joined(parts: list[tuple[int, np.ndarray, np.ndarray]], d_sae: int) -> Fired:
+    parts.sort(key=lambda part: part[0])
+    starts = np.concatenate([[0], np.cumsum([len(numbers) for _, numbers, _ in parts])]).astype(np.int64)
     return Fired(
         starts,
-        np.concatenate([numbers for _, numbers, _ in found]),
-        np.concatenate([values for _, _, values in found]),
-        sae.d_sae,
+        np.concatenate([numbers for _, numbers, _ in parts]),
+        np.concatenate([values for *_, values in parts]),
+        d_sae,
     )
