@@ -77,7 +77,7 @@ def sparse_features(train: Seen, positive: ndarray, test: Seen) -> ndarray:
         l1_ratios=(1.0,),
         solver="liblinear",
         cv=_folds(positive),
-        scoring="f1",
+        scoring="neg_log_loss",
         random_state=0,
         use_legacy_attributes=False,
     )
@@ -87,7 +87,7 @@ def sparse_features(train: Seen, positive: ndarray, test: Seen) -> ndarray:
 
 def _chosen() -> LogisticRegressionCV:
     return LogisticRegressionCV(
-        Cs=STRENGTHS, l1_ratios=(0.0,), cv=4, scoring="f1", max_iter=2000, use_legacy_attributes=False
+        Cs=STRENGTHS, l1_ratios=(0.0,), cv=4, scoring="neg_log_loss", max_iter=2000, use_legacy_attributes=False
     )
 
 
