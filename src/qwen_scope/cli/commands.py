@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from qwen_scope.cli.benchmarks import Benchmarks
 from qwen_scope.cli.browse import Pages, Search, Show, Sql
 from qwen_scope.cli.common import Layers, Source, given_texts, names_of, print_json, quiet_loading
 from qwen_scope.cli.find import Find
@@ -209,5 +210,6 @@ Command = (
     | Annotated[Pages, tyro.conf.subcommand("pages")]
     | Annotated[Sql, tyro.conf.subcommand("sql")]
     | Annotated[Find, tyro.conf.subcommand("find")]
+    | Annotated[Benchmarks, tyro.conf.subcommand("benchmarks")]
 )
 """All commands."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ class About:
     """The SAEs."""
     fingerprint: str
     """A hash of the SAE's weights: footprints of others cannot be compared with it."""
+    asked: dict[str, Any] | None = None
+    """What was asked for, so that a kept one is known again; see `qwen_scope.data.footprints`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,6 +121,10 @@ class Footprint:
             fingerprint=fingerprint(scope.suite, [layer]),
         )
         return Footprint(about, fired(scope, items.texts, layer, position))
+
+    def with_asked(self, asked: dict[str, Any]) -> Footprint:
+        """The same, with a note of what was asked for."""
+        return Footprint(replace(self.about, asked=asked), self.fired)
 
     @property
     def name(self) -> str:
