@@ -154,7 +154,7 @@ class Changes:
                     ablated.append((mask, direction))
                     continue
                 if change.edit.how == "add":
-                    size = torch.full((len(where),), change.strength, device=x.device)
+                    size = torch.ones(len(where), device=x.device) * change.strength
                 else:
                     value = values(row, change.edit.number, where)
                     size = change.strength - value if change.edit.how == "clamp" else (change.strength - 1) * value
