@@ -16,6 +16,7 @@ from qwen_scope.cli.common import Layers, Source, given_texts, names_of, print_j
 from qwen_scope.cli.find import Find
 from qwen_scope.cli.harvest import Harvest
 from qwen_scope.cli.label import Label
+from qwen_scope.cli.serve import Serve
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.training.run_config import RunConfig
 
@@ -209,5 +210,6 @@ Command = (
     | Annotated[Pages, tyro.conf.subcommand("pages")]
     | Annotated[Sql, tyro.conf.subcommand("sql")]
     | Annotated[Find, tyro.conf.subcommand("find")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
 )
 """All commands."""
