@@ -19,7 +19,7 @@ from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import is_folder
 from qwen_scope.server.answers import Answer, ChatAnswer
 from qwen_scope.server.config import ServerConfig
-from qwen_scope.server.engine import Engine, failed
+from qwen_scope.server.engine import Engine
 from qwen_scope.server.generating import Json, answer, tokenized
 from qwen_scope.server.guard import Guard, body_of, refusal
 from qwen_scope.server.metrics import Metrics
@@ -149,12 +149,8 @@ def create_app(scope: Scope, index: FeatureIndex | None = None, config: ServerCo
         why = f"expected an address and method of this server, found {found}; see its documents"
         return refusal(Refused(error.status_code, why, code="not_found"))
 
-    async def broken(request: Request, error: Exception) -> Response:
-        return refusal(failed())
-
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(HTTPException, no_such)
-    app.add_exception_handler(Exception, broken)
     config.api_key()  # a missing one is told now, not to the first client
     return app
 

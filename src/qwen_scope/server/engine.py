@@ -226,8 +226,8 @@ class Engine:
             except QwenScopeError as error:
                 self._end(row, Refused.of(error))
             except Exception:
-                if any(text is row.text for text in self._batch.rows):
-                    raise  # the memory of all texts may be torn
+                if row.text.tokens:
+                    raise  # it was joining the others, whose memory may be torn
                 _log.exception("reading a prompt failed")
                 self._end(row, failed())
             else:

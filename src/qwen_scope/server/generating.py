@@ -150,6 +150,10 @@ def _row(scope: Scope, config: ServerConfig, given: Any) -> list[Change]:
                 f"expected at most {config.max_edits} features to steer, found {len(steering.edits)}; steer fewer"
             )
         return scope.changes(steering)
+    except RecursionError as error:
+        raise Refused(
+            400, "expected a steering as a list of edits, found lists within lists; make it flat", "steering"
+        ) from error
     except QwenScopeError as error:
         raise Refused.of(error, "steering") from error
 

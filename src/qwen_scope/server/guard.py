@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from contextlib import aclosing
 from urllib.parse import urlsplit
 
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
 from qwen_scope.server.config import ServerConfig
-from qwen_scope.server.engine import late
+from qwen_scope.server.engine import failed, late
 from qwen_scope.server.generating import GONE, Json
 from qwen_scope.server.metrics import Metrics
 from qwen_scope.server.refused import Refused
@@ -22,6 +23,8 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/featu
 """Paths that requests are counted by."""
 BESIDE = 32
 """Requests held at once beside those whose texts run or wait, such as those that read features."""
+
+_log = logging.getLogger("qwen_scope.server")
 
 
 class Guard:
@@ -44,12 +47,12 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 500
+        status, begun = 500, False
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
             await send(message)
 
         self.held += 1
@@ -60,9 +63,13 @@ class Guard:
                 await self.app(scope, receive, noting)
         except Refused as error:
             await refusal(error)(scope, receive, noting)
-        except TimeoutError:
-            if status == 500:
-                await refusal(late(self.config.max_seconds))(scope, receive, noting)
+        except Exception as error:
+            if begun:
+                raise
+            slow = isinstance(error, TimeoutError)
+            if not slow:
+                _log.exception("a request failed")
+            await refusal(late(self.config.max_seconds) if slow else failed())(scope, receive, noting)
         finally:
             self.held -= 1
             self.metrics.answered(endpoint(scope["path"]), status)
@@ -79,7 +86,7 @@ class Guard:
         if scope["path"] == "/health":
             return
         given = headers.get("authorization", "").removeprefix("Bearer ").strip()
-        if self._key is not None and not hmac.compare_digest(given.encode(), self._key.encode()):
+        if self._key is not None and not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):
             raise Refused(
                 401,
                 f"expected the key of this server as Authorization: Bearer …, found {'another' if given else 'none'}; send it",

@@ -330,7 +330,7 @@ def _sentence(error: Exception, kind: type[BaseModel]) -> Refused:
     first = error.errors(include_url=False)[0]
     name, *inside = first["loc"]
     field, found, param = kind.model_fields[str(name)], first["input"], str(name)
-    if name == "messages" and len(inside) == 2:
+    if name == "messages" and len(inside) > 1:
         field, param = Message.model_fields[str(inside[1])], f"messages.{inside[0]}.{inside[1]}"
     what = "it missing" if first["type"] == "missing" else shown(found)
     return Refused(400, f"expected {param} to be {field.description}, found {what}; correct it", param)
