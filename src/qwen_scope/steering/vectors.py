@@ -54,7 +54,9 @@ def control_vectors(changes: Sequence[Change]) -> dict[int, Float[Tensor, " d_mo
         added = change.strength * change.direction.double().cpu()
         vectors[edit.layer] = vectors[edit.layer] + added if edit.layer in vectors else added
     if not vectors:
-        raise QwenScopeError("expected features to make control vectors of, found none; name some, such as '15/1037:2x'")
+        raise QwenScopeError(
+            "expected features to make control vectors of, found none; name some, such as '15/1037:2x'"
+        )
     found = {layer: vectors[layer].float() for layer in sorted(vectors)}
     for layer, vector in found.items():
         if not vector.isfinite().all():
