@@ -116,7 +116,8 @@ def same(one: Generation, other: Generation):
     assert one.finish == other.finish
     assert one.steered_tokens == other.steered_tokens
     for mine, theirs in zip(one.tokens, other.tokens, strict=True):
-        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        # Weights as large as these make more of rounding than those of trained models.
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
         assert [c.id for c in mine.candidates] == [c.id for c in theirs.candidates]
 
 
@@ -246,8 +247,9 @@ def test_the_wrong_recipe_is_refused(scope, tmp_path):
     assert kept.steered.ids == scope.generate("the", "1/7:=6", greedy(5)).ids
     other = Scope(scope.backbone, Suite.of({1: scope.suite[1]}, name="another"))
     for call in (other.generate, other.side_by_side):
-        with pytest.raises(QwenScopeError, match="a recipe for another"):
-            call([5, 6], path)
+        for steering in (path, [path, "1/8:2"]):
+            with pytest.raises(QwenScopeError, match="a recipe for another"):
+                call([5, 6], steering)
 
 
 # Candidates and probabilities
@@ -554,20 +556,17 @@ def test_a_strength_that_breaks_the_numbers_is_told(make_model, suite, strength,
         scope.generate(some_ids(4), f"0/5:{strength}@{where}", greedy(5))
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("strength", [1e30, 1e200])
-def test_a_text_that_breaks_leaves_the_others_alone(bare, place, strength):
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_text_that_breaks_leaves_the_others_alone(bare, place):
     # The others read features at the layers where the broken one's numbers are none.
     steerings: list = ["1/7:=6@generated", "2/9:*0@generated"]
-    steerings.insert(place, f"0/5:{strength}@generated")
+    steerings.insert(place, "0/5:1e200@generated")
     prompts = [some_ids(9 - 3 * n, seed=n) for n in range(3)]
     batch = Batch(bare.backbone, bare.suite)
     texts = [opened(bare, prompt, steering, greedy(12)) for prompt, steering in zip(prompts, steerings, strict=True)]
     for text in texts:
         batch.add(text)
     broken = batch.step()
-    if strength == 1e30 and bare.backbone.model.config.model_type in ("gpt2", "gpt_neox"):
-        pytest.skip("a norm with a bias makes a distribution even of this")
     assert [text for text, _ in broken] == [texts[place]]
     assert texts[place].finish == "cancelled"
     assert len(texts[place].tokens) == 1
@@ -708,11 +707,11 @@ class Walk:
         assert self.cache.lengths == lengths
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_cache_that_rows_join_and_leave_at_random(seed):
     walk = Walk(seed)
     emptied = moved = 0
-    for _ in range(400):
+    for _ in range(300):
         move = walk.number(10)
         if move < 3 and len(walk.keys) < 6:
             walk.join(1 + walk.number(90 if walk.number(4) == 0 else 12), broken=walk.number(8) == 0)
