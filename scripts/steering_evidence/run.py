@@ -46,7 +46,9 @@ def run(sweeps: dict[str, Any], specs: dict[str, Any], work: Path) -> None:
     scope = Scope.from_pretrained()
     for name, spec in sweeps.items():
         options = {**specs["config"], **spec.get("config", {})}
-        config = SweepConfig(**{**options, "strengths": tuple(options["strengths"])}, instruction=spec["instruction"])
+        config = SweepConfig(
+            **{**options, "strengths": tuple(map(float, options["strengths"]))}, instruction=spec["instruction"]
+        )
         prompts: list[Any] = specs["prompts"]
         if spec.get("chat"):
             prompts = [[{"role": "user", "content": text}] for text in specs["questions"]]

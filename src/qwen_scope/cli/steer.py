@@ -35,9 +35,9 @@ class Steer:
     """Read each prompt as a user's message through the model's chat template."""
     max_new_tokens: int = 40
     """Tokens generated at most."""
-    temperature: float = 0.8
+    temperature: float = 0.7
     """0 takes the most likely token always; 1 draws from the model's own distribution."""
-    top_p: float = 0.95
+    top_p: float = 1.0
     """Draws from the most likely tokens that together have this probability."""
     seed: int = 0
     """What everything random follows from."""

@@ -9,7 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qwen_scope.errors import QwenScopeError, reason
 from qwen_scope.feature_name import parse_feature
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
+@runtime_checkable
 class Effect(Protocol):
     """Something to be measured of texts."""
 
@@ -94,7 +95,7 @@ class Language:
     """ISO 639-1, such as `fr`."""
 
     def __post_init__(self) -> None:
-        known = _identifier().labels
+        known = _identifier().nb_classes
         if self.code not in known:
             raise QwenScopeError(
                 f"expected a language of {', '.join(sorted(map(str, known)))}, found {self.code!r}; choose one of those"

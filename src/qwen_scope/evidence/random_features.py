@@ -31,7 +31,7 @@ Densities = Callable[[int], Float[Tensor, " d_sae"]]
 
 
 def random_steerings(
-    steering: Steering, raw: list[float], scope: Scope, densities: Densities, count: int, seed: int
+    steering: Steering, raw: list[float], suite: Suite, densities: Densities, count: int, seed: int
 ) -> list[Steering]:
     """Steerings of other features: each edit the same, at the same strength in raw units, of a feature of the same layer drawn
     among the 50 that fire of nearest density (as a ratio) whose direction's norm is within 10 %.
@@ -48,7 +48,7 @@ def random_steerings(
     draw = random.Random(seed)
     steered = {(edit.layer, edit.number) for edit in steering.edits}
     # The same pool for each feature: edits of one feature at several places stay edits of one.
-    pools = {name: _pool(name, steered, scope.suite, densities(name[0]), count) for name in sorted(steered)}
+    pools = {name: _pool(name, steered, suite, densities(name[0]), count) for name in sorted(steered)}
     found = []
     for _ in range(count):
         taken: dict[tuple[int, int], int] = {}

@@ -74,7 +74,7 @@ def sweep(
     measured = effect_of(effect, scope)
     raw = [change.strength for change in scope.changes(steering)]
     known, source = (densities, "given") if densities else densities_of(scope)
-    others = random_steerings(steering, raw, scope, known, config.random_features, config.seed)
+    others = random_steerings(steering, raw, scope.suite, known, config.random_features, config.seed)
     arms = arms_of(steering, others, prompts, config)
     about = {
         "model": scope.backbone.name,

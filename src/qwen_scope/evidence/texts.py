@@ -58,7 +58,7 @@ class Texts:
             return
         if not path.exists():
             with replacing(path) as temporary:
-                temporary.write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
+                temporary.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
             return
         try:
             first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
