@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -658,21 +658,32 @@ def test_features_are_read_while_texts_are_generated(slow_scope: Scope):
         assert running.result().status_code == 200
 
 
-def test_what_runs_gets_a_moment_when_the_server_stops(slow_scope: Scope):
-    with ThreadPoolExecutor(2) as pool, ExitStack() as stack:
-        config = ServerConfig(port=0, shutdown_seconds=1.5)
-        client = stack.enter_context(OpenAI(base_url="http://none", api_key="none", max_retries=0, timeout=60))
-        with running(slow_scope, None, config) as url:
-            client.base_url = url
-            short = pool.submit(asked, client, max_tokens=30)
-            long = pool.submit(lambda: list(asked(client, max_tokens=200, stream=True)))
-            server = Served(url, client, stack.enter_context(httpx.Client()))
-            server.until("running", 2)
-        assert short.result().choices[0].finish_reason == "length"
-        with pytest.raises(openai.APIError, match="stopping"):
-            long.result()
+@contextmanager
+def stopped_while_running(scope: Scope, seconds: float, tokens: int) -> Iterator[Future[str]]:
+    """A streamed answer, begun before the server was asked to stop."""
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        web = stack.enter_context(httpx.Client(timeout=60))
+        with running(scope, None, ServerConfig(port=0, shutdown_seconds=seconds)) as url:
+            body = {"messages": MESSAGES, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+            answer = pool.submit(lambda: web.post(f"{url}/chat/completions", json=body).text)
+            client = stack.enter_context(OpenAI(base_url=url, api_key="none", max_retries=0))
+            Served(url, client, stack.enter_context(httpx.Client())).until("running", 1)
         with pytest.raises(openai.APIConnectionError):
             asked(client)
+        yield answer
+
+
+def test_what_runs_when_the_server_is_asked_to_stop_may_end(slow_scope: Scope):
+    with stopped_while_running(slow_scope, 60, 30) as answer:
+        assert '"finish_reason": "length"' in answer.result()
+        assert answer.result().endswith("data: [DONE]\n\n")
+
+
+def test_what_takes_longer_is_told_that_the_server_stops(slow_scope: Scope):
+    with stopped_while_running(slow_scope, 0, 230) as answer:
+        assert "found that it is stopping" in answer.result()
+        assert "DONE" not in answer.result()
 
 
 def test_metrics_are_prometheus_and_count(scope: Scope):
@@ -730,7 +741,7 @@ def test_after_a_mixed_load_nothing_is_left(scope: Scope, server: Served):
 
     def load(seed: int) -> list[tuple[str, int]]:
         chance = random.Random(seed)
-        return [ask(chance) for _ in range(20)]
+        return [ask(chance) for _ in range(12)]
 
     with ThreadPoolExecutor(8) as pool:
         found = [each for many in pool.map(load, range(8)) for each in many]
@@ -788,9 +799,11 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path: Path):
                 temperature=0,
                 extra_body={"steering": "15/1037:0.5x"},
             )
+            feature = client.get("/features/15/1037", cast_to=dict)
         assert answer.choices[0].message.content
+        assert feature["name"] == "15/1037"
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(60) == 130
 
 
 @pytest.mark.real

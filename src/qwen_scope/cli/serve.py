@@ -60,18 +60,21 @@ class Serve:
         Raises:
             QwenScopeError: an index that was asked for is of another suite.
         """
-        from qwen_scope.fingerprint import fingerprint
-
         if self.index is None and self.source.suite is not None:
             return None
+        from qwen_scope.fingerprint import fingerprint
+        from qwen_scope.suite import Suite
+
         index = open_index(self.index)
-        known = set(index.layers) <= set(scope.suite.layers)
-        if known and fingerprint(scope.suite, index.layers) == index.about.fingerprint:
-            scope.maxima = index.maxima
+        # An index is told by all of its layers, also where some of them alone are served.
+        suite = Suite.from_pretrained(self.source.suite, k=self.source.k) if self.source.layers else scope.suite
+        if set(index.layers) <= set(suite.layers) and fingerprint(suite, index.layers) == index.about.fingerprint:
+            if set(scope.layers) <= set(index.layers):
+                scope.maxima = index.maxima
             return index
         if self.index is not None:
             raise QwenScopeError(
-                f"expected an index of {scope.suite.name}, found {self.index}, which is of {index.about.suite} or other layers; "
-                "leave --layers out, or use its suite"
+                f"expected an index of {suite.name}, found {self.index}, which is of {index.about.suite} or of other weights; "
+                "name its suite"
             )
         return None

@@ -18,9 +18,7 @@ class Metrics:
         )
         self.prompt_tokens = Counter("qwen_scope_prompt_tokens", "Tokens of prompts read.", registry=self.registry)
         self.generated_tokens = Counter("qwen_scope_generated_tokens", "Tokens generated.", registry=self.registry)
-        self.cancelled = Counter(
-            "qwen_scope_cancelled", "Texts given up before they ended.", registry=self.registry
-        )
+        self.cancelled = Counter("qwen_scope_cancelled", "Texts given up before they ended.", registry=self.registry)
         self.first_token = Histogram(
             "qwen_scope_time_to_first_token_seconds",
             "From a request to its first token, waiting included.",
