@@ -23,7 +23,9 @@ from server_maker import MODEL, Served, served, slowed
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.cli import main
+from qwen_scope.cli.serve import Serve
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.fingerprint import fingerprint
 from qwen_scope.generation import Generation, Sampling
 from qwen_scope.scope import Scope
 from qwen_scope.server import ServerConfig, create_app, running
@@ -775,6 +777,20 @@ def test_a_place_or_limit_that_cannot_be_is_a_sentence(scope: Scope, wrong: dict
 )
 def test_what_only_this_machine_can_reach(host: str, local: bool):
     assert ServerConfig(host=host).local == local
+
+
+def test_an_index_must_be_of_the_suite_that_is_served(llama, suite: Suite, tokenizer, tmp_path: Path):
+    scope = Scope(llama, suite, tokenizer, layers=[1])
+    other = write_index(tmp_path / "other", {1: 128}).folder
+    with pytest.raises(QwenScopeError, match="other weights"):
+        Serve(index=other)._index(scope)
+    own = write_index(tmp_path / "own", {1: 128}, fingerprint=fingerprint(suite, [1])).folder
+    index = Serve(index=own)._index(scope)
+    assert index is not None
+    assert index.folder == own
+    # What strengths are counted in is the highest activation that the index knows.
+    assert scope.changes("1/0:2x")[0].strength == 16
+    assert Serve()._index(scope) is None
 
 
 # The bundled model
