@@ -830,14 +830,14 @@ def test_32_clients_of_the_bundled_model_get_what_they_get_alone(bundled: Backbo
     def steering(n: int) -> str:
         return f"15/{1037 + 31 * n}:{0.3 + 0.02 * n:.2f}x"
 
-    alone = [scope.generate(prompts[n % 4], steering(n), Sampling(max_new_tokens=8)).text for n in range(32)]
+    alone = [scope.generate(prompts[n % 4], steering(n), Sampling(max_new_tokens=5)).text for n in range(32)]
     with served(scope) as server:
 
         def one(n: int) -> str:
             answer = server.client.completions.create(
                 model="bundled",
                 prompt=prompts[n % 4],
-                max_tokens=8,
+                max_tokens=5,
                 temperature=0,
                 extra_body={"steering": steering(n)},
             )
