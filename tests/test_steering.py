@@ -11,6 +11,7 @@ from transformers import pipeline
 
 from qwen_scope import Backbone, QwenScopeError, Scope, Suite
 from qwen_scope.evaluation import SAMPLE_TEXTS
+from qwen_scope.generation import Sampling
 from qwen_scope.index import FeatureIndex
 from qwen_scope.outliers import norm_outliers
 from qwen_scope.steering import Edit, Recipe, Steering, Where
@@ -323,10 +324,10 @@ def test_beams_and_several_samples(scope):
             assert model.generate(input_ids=ids, do_sample=False, use_cache=False, **options, **more).tolist() == (
                 together.tolist()
             )
-    with scope.steered("1/3:1000"):
-        samples = model.generate(input_ids=ids[:1], do_sample=True, num_return_sequences=3, **options)
-    # So strong that all samples say the same.
-    assert len(samples) == 3
+    with scope.steered("1/3:2 1/4:1@generated") as following:
+        model.generate(input_ids=ids[:1], do_sample=True, num_return_sequences=3, **options)
+    # Of each of three samples, five tokens of the prompt and three of those generated: the last is never read.
+    assert following.touched == [[3 * (5 + 3), 3 * 3]]
 
 
 def test_a_pipeline(scope, tokenizer):
@@ -424,7 +425,12 @@ def test_a_recipe_is_the_same_wherever_it_is_used(scope, suite, tmp_path):
     other.maxima = Maxima(lambda layer: torch.full((128,), 50.0), "elsewhere")
     ids = [5, 17, 60, 131, 8, 44]
     path = tmp_path / "recipe.json"
-    assert other.generate(ids, path).ids == one.generate(ids, path).ids == one.generate(ids, recipe.given).ids
+    few = Sampling(max_new_tokens=8)
+    texts = [
+        with_units.generate(ids, steering, few).ids
+        for with_units, steering in ((one, recipe.given), (one, path), (other, path), (other, recipe.given))
+    ]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
     assert [change.strength for change in other.changes(path)] == [6.0, 3.0, 0.3, 0.0]
 
 
