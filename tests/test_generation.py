@@ -51,7 +51,7 @@ def bare(model, suite) -> Scope:
 
 
 def some_ids(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(4, 320, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(4, 290, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def own(model, ids: Sequence[int], count: int, end: int = NEVER) -> list[int]:
@@ -72,12 +72,12 @@ def pieces(tokens) -> str:
 # Against transformers
 
 
-@pytest.mark.parametrize("length", [1, 6])
-def test_greedy_is_what_transformers_generates(bare, length):
-    # Long enough for the cache to move, and for windows of 4 tokens to slide.
+@pytest.mark.parametrize(("length", "count"), [(1, 9), (6, ROOM + 6)])
+def test_greedy_is_what_transformers_generates(bare, length, count):
+    # The long one makes the cache move, and windows of 4 tokens slide.
     ids = some_ids(length)
-    found = bare.generate(ids, None, greedy(ROOM + 26))
-    assert found.ids == own(bare.backbone.model, ids, ROOM + 26)
+    found = bare.generate(ids, None, greedy(count))
+    assert found.ids == own(bare.backbone.model, ids, count)
     assert found.finish == "length"
     assert found.prompt_ids == ids
     assert found.steered_tokens == []
@@ -86,9 +86,9 @@ def test_greedy_is_what_transformers_generates(bare, length):
 @pytest.mark.parametrize("steering", STEERINGS[1:])
 def test_steering_is_what_it_is_around_transformers_generate(bare, steering):
     ids = some_ids(5, seed=1)
-    found = bare.generate(ids, steering, greedy(12))
+    found = bare.generate(ids, steering, greedy(6))
     with bare.steered(steering) as following:
-        expected = own(bare.backbone.model, ids, 12)
+        expected = own(bare.backbone.model, ids, 6)
     assert found.ids == expected
     assert found.steered_tokens == following.touched[0]
 
@@ -101,7 +101,7 @@ def test_the_steerings_of_these_tests_make_other_texts(scope):
 def test_texts_generated_together_are_what_each_is_alone(bare):
     # Lengths and ends in no order, so that rows join and leave in the first, the last and middle places.
     lengths = [3, 17, 1, 9, 40, 2, 25, 5, 12, 1, 30, 7]
-    counts = [9, 3, 20, 1, 6, 14, 2, 20, 5, 11, 8, 17]
+    counts = [5, 3, 10, 1, 4, 7, 2, 9, 3, 6, 5, 8]
     prompts = [some_ids(length, seed) for seed, length in enumerate(lengths)]
     steerings = [STEERINGS[n % len(STEERINGS)] for n in range(12)]
     samplings = [greedy(count, candidates=n % 3) for n, count in enumerate(counts)]
@@ -195,13 +195,13 @@ def test_a_stream_is_of_one_prompt(scope):
 
 
 def test_a_stream_is_the_text(scope):
-    found = scope.generate("the capital", "1/7:=6", greedy(30, candidates=2))
-    assert list(scope.stream("the capital", "1/7:=6", greedy(30, candidates=2))) == found.tokens
+    found = scope.generate("the capital", "1/7:=6", greedy(15, candidates=2))
+    assert list(scope.stream("the capital", "1/7:=6", greedy(15, candidates=2))) == found.tokens
     assert pieces(found.tokens) == found.text
 
 
 def test_side_by_side_of_one_seed(scope):
-    sampling = greedy(20, temperature=1.0, seed=4)
+    sampling = greedy(12, temperature=1.0, seed=4)
     found = scope.side_by_side("the capital of", "1/7:=40", sampling)
     assert found.original.ids == scope.generate("the capital of", None, sampling).ids
     assert found.steered.ids != found.original.ids
@@ -258,7 +258,7 @@ def test_the_wrong_recipe_is_refused(scope, tmp_path):
 def test_candidates_and_logprobs_are_those_of_a_plain_pass(scope):
     ids = some_ids(7)
     found = scope.generate(ids, None, greedy(10, candidates=5, temperature=1.5, seed=1))
-    logits = scope.backbone.model(torch.tensor([ids + found.ids])).logits[0, 6:-1]
+    logits = scope.backbone.next_token_logits(ids + found.ids[:-1], 10)
     for token, expected in zip(found.tokens, logits.log_softmax(1), strict=True):
         assert token.logprob == pytest.approx(float(expected[token.id]), abs=1e-4)
         best = expected.topk(5)
@@ -539,7 +539,7 @@ def test_a_prompt_that_fills_the_context_is_refused(scope):
     with pytest.raises(QwenScopeError, match=r"a prompt of less than 256 tokens.*found 256"):
         scope.generate(some_ids(256))
     with pytest.raises(QwenScopeError, match="token ids from 0 to 319"):
-        scope.generate([3, 320])
+        Scope(scope.backbone.model, scope.suite).generate([3, 320])
     with pytest.raises(QwenScopeError, match="positions from 0 to 2"):
         scope.generate(some_ids(3), "1/7:2@5")
 
@@ -563,7 +563,7 @@ def test_a_text_that_breaks_leaves_the_others_alone(bare, place):
     steerings.insert(place, "0/5:1e200@generated")
     prompts = [some_ids(9 - 3 * n, seed=n) for n in range(3)]
     batch = Batch(bare.backbone, bare.suite)
-    texts = [opened(bare, prompt, steering, greedy(12)) for prompt, steering in zip(prompts, steerings, strict=True)]
+    texts = [opened(bare, prompt, steering, greedy(6)) for prompt, steering in zip(prompts, steerings, strict=True)]
     for text in texts:
         batch.add(text)
     broken = batch.step()
@@ -571,7 +571,7 @@ def test_a_text_that_breaks_leaves_the_others_alone(bare, place):
     assert texts[place].finish == "cancelled"
     assert len(texts[place].tokens) == 1
     # Another text takes its place, and must not see what it left there.
-    late = opened(bare, some_ids(2), None, greedy(12))
+    late = opened(bare, some_ids(2), None, greedy(6))
     batch.add(late)
     longer = opened(bare, some_ids(30), None, greedy(3))
     batch.add(longer)
@@ -579,8 +579,8 @@ def test_a_text_that_breaks_leaves_the_others_alone(bare, place):
         assert batch.step() == []
     for text, steering in zip(texts, steerings, strict=True):
         if text is not texts[place]:
-            same(text.result(), bare.generate(text.prompt.ids, steering, greedy(12)))
-    same(late.result(), bare.generate(some_ids(2), None, greedy(12)))
+            same(text.result(), bare.generate(text.prompt.ids, steering, greedy(6)))
+    same(late.result(), bare.generate(some_ids(2), None, greedy(6)))
     same(longer.result(), bare.generate(some_ids(30), None, greedy(3)))
 
 
@@ -594,7 +594,7 @@ def opened(scope: Scope, ids: list[int], steering, sampling: Sampling) -> Contin
 
 def test_a_text_is_taken_out_midway(bare):
     batch = Batch(bare.backbone, bare.suite)
-    texts = [opened(bare, some_ids(4 + n, n), STEERINGS[n], greedy(20)) for n in range(4)]
+    texts = [opened(bare, some_ids(4 + n, n), STEERINGS[n], greedy(8)) for n in range(4)]
     for text in texts:
         batch.add(text)
         batch.step()
@@ -602,14 +602,14 @@ def test_a_text_is_taken_out_midway(bare):
     batch.remove(texts[1])
     assert texts[1].finish == "cancelled"
     taken = texts[1].result()
-    assert taken.ids == bare.generate(taken.prompt_ids, STEERINGS[1], greedy(20)).ids[: len(taken.ids)]
+    assert taken.ids == bare.generate(taken.prompt_ids, STEERINGS[1], greedy(8)).ids[: len(taken.ids)]
     assert taken.steered_tokens == [len(taken.ids) - 1]
     while batch.rows:
         batch.step()
     assert batch.step() == []
     assert batch.nbytes == 0
     for n in (0, 2, 3):
-        same(texts[n].result(), bare.generate(some_ids(4 + n, n), STEERINGS[n], greedy(20)))
+        same(texts[n].result(), bare.generate(some_ids(4 + n, n), STEERINGS[n], greedy(8)))
 
 
 def test_a_refused_text_leaves_the_batch_as_it_was(scope):
@@ -733,17 +733,17 @@ def test_a_cache_does_not_grow_while_texts_come_and_go():
     # There always are some, so that it never starts anew.
     walk, sizes = Walk(0), []
     walk.join(5, broken=False)
-    for at in range(1500):
+    for at in range(1000):
         if at % 7 == 0:
             walk.join(1 + at % 20, broken=False)
             if len(walk.keys) > 4:
-                walk.leave(0)
+                walk.leave(max(range(len(walk.keys)), key=lambda row: walk.keys[row].shape[1]))
         walk.step()
         sizes.append((walk.cache.nbytes, walk.cache.columns, walk.cache.rows))
     longest = max(held.shape[1] for held in walk.keys)
     assert longest < 60
     assert walk.cache.rows <= 8
-    assert max(columns for _, columns, _ in sizes[750:]) <= max(columns for _, columns, _ in sizes[:750])
+    assert max(columns for _, columns, _ in sizes[500:]) <= max(columns for _, columns, _ in sizes[:500])
     assert max(columns for _, columns, _ in sizes) <= 60 + 20 + 2 * ROOM
 
 
@@ -751,7 +751,7 @@ def test_a_cache_does_not_grow_while_texts_come_and_go():
 
 
 def test_threads_that_generate_at_once_get_what_each_gets_alone(scope):
-    jobs = [(some_ids(3 + n, n), STEERINGS[1 + n], greedy(25)) for n in range(3)]
+    jobs = [(some_ids(3 + n, n), STEERINGS[1 + n], greedy(12)) for n in range(3)]
     alone = [scope.generate(*job) for job in jobs]
     read = scope.features(some_ids(20))
     found: list = [None] * 4

@@ -24,9 +24,9 @@ class Sampling:
 
     max_new_tokens: int = 64
     """Tokens generated at most."""
-    temperature: float = 0.0
+    temperature: float | int = 0.0
     """0 takes the most likely token always; 1 draws from the model's own distribution."""
-    top_p: float = 1.0
+    top_p: float | int = 1.0
     """Draws from the most likely tokens that together have this probability."""
     top_k: int = 0
     """Draws from so many most likely tokens; 0 from all."""
