@@ -1,4 +1,4 @@
-"""Qwen-Scope: look inside a language model through sparse autoencoders. Text in, features out."""
+"""Qwen-Scope: look inside a language model through sparse autoencoders. Text in, features out; features in, text out."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,19 +7,36 @@ if TYPE_CHECKING:
     from qwen_scope.backbone import Backbone
     from qwen_scope.errors import QwenScopeError
     from qwen_scope.features import SparseFeatures
+    from qwen_scope.generation.result import Generation
+    from qwen_scope.generation.sampling import Sampling
     from qwen_scope.sae import TopKSAE
     from qwen_scope.scope import Scope
+    from qwen_scope.steering.steering import Steering
     from qwen_scope.suite import Suite
     from qwen_scope.text_features import TextFeatures
 
 __version__ = "0.1.0"
-__all__ = ["Backbone", "QwenScopeError", "Scope", "SparseFeatures", "Suite", "TextFeatures", "TopKSAE"]
+__all__ = [
+    "Backbone",
+    "Generation",
+    "QwenScopeError",
+    "Sampling",
+    "Scope",
+    "SparseFeatures",
+    "Steering",
+    "Suite",
+    "TextFeatures",
+    "TopKSAE",
+]
 
 _HOMES = {
     "Backbone": "backbone",
+    "Generation": "generation.result",
     "QwenScopeError": "errors",
+    "Sampling": "generation.sampling",
     "Scope": "scope",
     "SparseFeatures": "features",
+    "Steering": "steering.steering",
     "Suite": "suite",
     "TextFeatures": "text_features",
     "TopKSAE": "sae",

@@ -194,11 +194,12 @@ class Scope:
         Raises:
             QwenScopeError: edits that contradict each other, or features that the suite does not have.
         """
-        if isinstance(steering, Path) and (recipe := Recipe.load(steering)).suite != self.suite.name:
-            raise QwenScopeError(
-                f"expected a recipe for {self.suite.name}, found {steering}, which is for {recipe.suite} on {recipe.model}; use "
-                "its suite"
-            )
+        for item in steering if isinstance(steering, list | tuple) else [steering]:
+            if isinstance(item, Path) and (recipe := Recipe.load(item)).suite != self.suite.name:
+                raise QwenScopeError(
+                    f"expected a recipe for {self.suite.name}, found {item}, which is for {recipe.suite} on {recipe.model}; use "
+                    "its suite"
+                )
         ready = changes(Steering.of(steering), self.suite, self.maxima)
         for change in ready:
             self.backbone.check_layer(change.edit.layer)
@@ -271,6 +272,7 @@ class Scope:
         _, single = tokenize(inputs, self.backbone.tokenizer, thinking=thinking, reply=True)
         if not single:
             raise QwenScopeError("expected one prompt to continue side by side, found several; pass one at a time")
+        self.changes(steering)  # refuses a recipe for another suite, which a Steering does not know of
         plain = self.generate(inputs, None, sampling, thinking=thinking)
         return SideBySide(plain, self.generate(inputs, Steering.of(steering), sampling, thinking=thinking, trace=True))
 

@@ -17,6 +17,9 @@ from qwen_scope.cli.common import Layers, Source, given_texts, names_of, print_j
 from qwen_scope.cli.find import Find
 from qwen_scope.cli.harvest import Harvest
 from qwen_scope.cli.label import Label
+from qwen_scope.cli.serve import Serve
+from qwen_scope.cli.steer import Steer
+from qwen_scope.cli.vectors import Vectors
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.training.run_config import RunConfig
 
@@ -211,5 +214,8 @@ Command = (
     | Annotated[Sql, tyro.conf.subcommand("sql")]
     | Annotated[Find, tyro.conf.subcommand("find")]
     | Annotated[Benchmarks, tyro.conf.subcommand("benchmarks")]
+    | Annotated[Steer, tyro.conf.subcommand("steer")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[Vectors, tyro.conf.subcommand("vectors")]
 )
 """All commands."""

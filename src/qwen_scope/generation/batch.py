@@ -63,9 +63,9 @@ class Batch:
         if broken:
             raise broken[0][1]
         if text.finish is None:
+            self._cache.join(cache, length)
             self._collect()
             self.rows.append(text)
-            self._cache.join(cache, length)
             self._changes = Changes([row.row for row in self.rows], self.suite)
 
     @torch.no_grad()
@@ -122,19 +122,28 @@ class Batch:
         best = logits.argmax(1).tolist()
         most = max(row.sampling.candidates for row in rows)
         top = [x.tolist() for x in (logits - normaliser[:, None]).topk(min(most, logits.shape[1]))] if most else None
-        finite = normaliser.isfinite().tolist()
+        # Infinite residuals make NaN; those whose squares are infinite come out of a norm as zeros, and say nothing.
+        lowest, highest = logits.aminmax(dim=1)
+        sound = (normaliser.isfinite() & (lowest < highest)).tolist()
+        chosen = [
+            (best[at] if row.sampling.temperature == 0 else draw(logits[at], row.sampling, row.generator))
+            if sound[at]
+            else 0
+            for at, row in enumerate(rows)
+        ]
+        picked = torch.tensor(chosen, device=logits.device)[:, None]
+        logprobs = (logits.gather(1, picked)[:, 0] - normaliser).tolist()
         broken = []
         for at, row in enumerate(rows):
-            if not finite[at]:
+            if not sound[at]:
                 row.cancel()
                 broken.append((row, _broken(row)))
                 continue
-            chosen = best[at] if row.sampling.temperature == 0 else draw(logits[at], row.sampling, row.generator)
             candidates = []
             if top is not None:
                 pairs = list(zip(top[1][at], top[0][at], strict=True))[: row.sampling.candidates]
                 candidates = [Candidate(id, self._text(id), logprob) for id, logprob in pairs]
-            row.take(chosen, float(logits[at, chosen] - normaliser[at]), candidates)
+            row.take(chosen[at], logprobs[at], candidates)
         return broken
 
     def _text(self, id: int) -> str:

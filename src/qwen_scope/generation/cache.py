@@ -143,6 +143,8 @@ class _Rows(CacheLayerMixin):
         if not self.buffers:
             self.buffers = [x.new_zeros(self.shared.rows, x.shape[1], self.shared.columns, x.shape[3]) for x in held]
         for buffer, x in zip(self.buffers, held, strict=True):
+            # A mask hides what a row that has left wrote here, but zero times NaN is NaN.
+            buffer[row, :, : end - length] = 0
             buffer[row, :, end - length : end] = x[0]
 
     def replace(self, row: int, last: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,6 +67,11 @@ class Continuation:
         """The token that the model reads next."""
         return self._ids[-1]
 
+    @property
+    def held(self) -> bool:
+        """Whether some of its text is not told yet: the start of a character, or of what may become a stop text."""
+        return self._told < len(self._text) or self._shown < len(self._ids)
+
     def take(self, id: int, logprob: float, candidates: list[Candidate]) -> GeneratedToken | None:
         """Goes on by a token, or ends."""
         if id in self._eos and not self.sampling.ignore_eos:
@@ -97,11 +103,16 @@ class Continuation:
 
     def result(self) -> Generation:
         """What has been generated."""
+        tokens = list(self.tokens)
+        if tokens:
+            told = sum(len(token.piece) for token in tokens)
+            # What was held back to the end hangs on the last token.
+            tokens[-1] = replace(tokens[-1], piece=tokens[-1].piece + self._text[told:])
         return Generation(
             prompt=self.prompt.text,
             prompt_ids=list(self.prompt.ids),
             text=self._text,
-            tokens=list(self.tokens),
+            tokens=tokens,
             finish=self.finish or "cancelled",
             steering=" ".join(str(change.edit) for change in self.row),
             seed=self.sampling.seed,

@@ -95,8 +95,9 @@ def stream(
     batch.add(text)
     told = 0
     while True:
-        # Where nothing more comes, what was held back for a stop text belongs to the last token.
-        for token in text.tokens[told:]:
+        # While text is held back its last token waits: if nothing more comes, what was held back belongs to it.
+        waiting = text.finish is None and text.held
+        for token in text.tokens[told : len(text.tokens) - waiting]:
             told += 1
             last = text.finish is not None and told == len(text.tokens)
             yield replace(token, piece=token.piece + text.rest()) if last else token

@@ -14,6 +14,8 @@ from qwen_scope.errors import QwenScopeError
 
 MOST_CANDIDATES = 100
 """Most likely tokens kept beside each one generated, at most."""
+LOWEST_TEMPERATURE = 1e-6
+"""Lower ones draw the same, and would overflow."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Sampling:
 
     max_new_tokens: int = 64
     """Tokens generated at most."""
-    temperature: float = 0.0
+    temperature: float | int = 0.0
     """0 takes the most likely token always; 1 draws from the model's own distribution."""
-    top_p: float = 1.0
+    top_p: float | int = 1.0
     """Draws from the most likely tokens that together have this probability."""
     top_k: int = 0
     """Draws from so many most likely tokens; 0 from all."""
@@ -47,13 +49,17 @@ class Sampling:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise QwenScopeError(f"expected {name} from {least} to {most}, found {value!r}; choose one of those")
-        for name, above, most in (("temperature", -1e-9, 100.0), ("top_p", 0.0, 1.0)):
+        for name, zero, most in (("temperature", True, 100.0), ("top_p", False, 1.0)):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not above < value <= most:
+            if not number or not 0 <= value <= most or (value == 0 and not zero):
                 raise QwenScopeError(
-                    f"expected {name} {'of 0' if above < 0 else 'above 0'} up to {most:g}, found {value!r}; choose one of those"
+                    f"expected {name} {'from' if zero else 'above'} 0 up to {most:g}, found {value!r}; choose one of those"
                 )
+        if not isinstance(self.stop, tuple):
+            raise QwenScopeError(
+                f"expected stop texts as a tuple such as ('\\n',), found a {type(self.stop).__name__}; pass one"
+            )
         if len(self.stop) > 16 or any(not isinstance(text, str) or not 0 < len(text) <= 1000 for text in self.stop):
             raise QwenScopeError("expected up to 16 stop texts of 1 to 1000 characters, found others; shorten them")
 
@@ -63,9 +69,10 @@ def draw(logits: Float[Tensor, " vocabulary"], sampling: Sampling, generator: to
     of one seed draw the same token unless their distributions tell it apart."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    scores = logits[None].float()
+    # Below the highest, so that no temperature, however low, makes it infinite.
+    scores = logits[None].float() - logits.max()
     nothing: Any = torch.empty(1, 0, dtype=torch.long, device=logits.device)
-    scores = TemperatureLogitsWarper(float(sampling.temperature))(nothing, scores)
+    scores = TemperatureLogitsWarper(max(float(sampling.temperature), LOWEST_TEMPERATURE))(nothing, scores)
     if sampling.top_k:
         scores = TopKLogitsWarper(sampling.top_k)(nothing, scores)
     if sampling.top_p < 1:

@@ -20,6 +20,7 @@ from qwen_scope.index.labels import HAND, Labels
 from qwen_scope.index.layout import EXAMPLES, FEATURES, About, layer_folder
 
 if TYPE_CHECKING:
+    from qwen_scope.index.diagnose import Span
     from qwen_scope.index.find import Findings
     from qwen_scope.index.meaning import Meanings
     from qwen_scope.index.search import By, Hit
@@ -177,6 +178,24 @@ class FeatureIndex:
         from qwen_scope.index.find import find
 
         return find(self, positive, negative, layers=layers, count=count, only=only)
+
+    def diagnose(
+        self,
+        text: Any,
+        spans: Span | Sequence[Span],
+        *,
+        layers: Sequence[int] | int | None = None,
+        count: int = 20,
+        only: bool = False,
+    ) -> Findings:
+        """Features that fire more often on some spans of a text than elsewhere in it; see `qwen_scope.index.diagnose.diagnose`.
+
+        Raises:
+            QwenScopeError: a span that the text does not have, or that leaves nothing to compare; a layer that is not there.
+        """
+        from qwen_scope.index.diagnose import diagnose
+
+        return diagnose(self, text, spans, layers=layers, count=count, only=only)
 
     def sql(self, query: str) -> pa.Table:
         """The answer of DuckDB to a query over the tables `features` and `examples` (each with a column `layer`), `labels`

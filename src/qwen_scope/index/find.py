@@ -67,14 +67,16 @@ class Read:
     texts: int
     """How many."""
     tokens: int
-    """Their tokens, of which those at position 0, one a text, were left out."""
+    """Their tokens; of a diagnosis, those of the span, or all others of the text."""
+    first_tokens: int
+    """Of these, left out since they are at position 0."""
     norm_outliers: dict[int, int]
     """By layer, tokens left out besides for their extreme norm (see `qwen_scope.outliers`)."""
 
 
 @dataclass(frozen=True, repr=False)
 class Findings(Sequence[Found]):
-    """What `find` gives: features in a list, surest first, and what they rest on."""
+    """What `find` and `diagnose` give: features in a list, surest first, and what they rest on."""
 
     features: list[Found]
     """Those found."""
@@ -84,6 +86,8 @@ class Findings(Sequence[Found]):
     """The same of the negative ones; None if they are the index's corpus."""
     compared: int
     """How many features fire in either group, and so were compared."""
+    span: list[str] | None = None
+    """The tokens that a diagnosis is of; None if whole texts were compared."""
 
     @overload
     def __getitem__(self, at: int) -> Found: ...
@@ -134,6 +138,25 @@ def find(
     Raises:
         QwenScopeError: a layer that is not there, texts that cannot be read, or too short to count.
     """
+    wanted = searched(index, layers, count)
+    tokenizer = index.scope.backbone.tokenizer
+    groups = [tokenize(texts, tokenizer)[0] for texts in (positive, negative) if texts is not None]
+    # All are read together, so that norms have one median.
+    counted, reads = count_firing(
+        index.scope,
+        [text for group in groups for text in group],
+        [torch.full((len(text),), number) for number, group in enumerate(groups) for text in group],
+        wanted,
+    )
+    return compare(index, counted, reads, count=count, only=only)
+
+
+def searched(index: FeatureIndex, layers: Sequence[int] | int | None, count: int) -> list[int]:
+    """The layers to search, in order.
+
+    Raises:
+        QwenScopeError: none, one that is not there, or a count below 1.
+    """
     if count < 1:
         raise QwenScopeError(f"expected to look for at least 1 feature, found count = {count}; ask for one or more")
     wanted = index.layers if layers is None else sorted({layers} if isinstance(layers, int) else set(layers))
@@ -141,9 +164,71 @@ def find(
         raise QwenScopeError("expected at least one layer to search, found none; leave layers out for all")
     for layer in wanted:
         index.check((layer, 0))
-    scope = index.scope
-    groups = [tokenize(texts, scope.backbone.tokenizer)[0] for texts in (positive, negative) if texts is not None]
-    counted, reads = _count(scope, groups, wanted)
+    return wanted
+
+
+@torch.no_grad()
+def count_firing(
+    scope: Scope, texts: list[TokenizedText], groups: list[torch.Tensor], layers: Sequence[int]
+) -> tuple[dict[int, list[Firing]], list[Read]]:
+    """Counts of each group by layer, and what was read of it.
+
+    Args:
+        groups: by text, the number of the group that each of its tokens is in, from 0 and without gaps, as (tokens,).
+    """
+    numbers = range(int(torch.cat(groups).max()) + 1)
+    lengths = torch.tensor([len(text) for text in texts])
+    counted: dict[int, list[list[Firing]]] = {layer: [[] for _ in numbers] for layer in layers}
+    outliers = [dict.fromkeys(layers, 0) for _ in numbers]
+    for order, residuals in read_rows(texts, scope.backbone, layers):
+        text = torch.tensor(order).repeat_interleave(lengths[order])
+        group = torch.cat([groups[n] for n in order])
+        first = torch.cat([torch.ones(1, dtype=torch.bool), text[1:] != text[:-1]])
+        for layer in layers:
+            x, sae = residuals.pop(layer), scope.suite[layer]
+            kept = torch.from_numpy(kept_tokens(x, first)[0])
+            features = sae.encode(x.to(sae.device)).to("cpu")
+            for number in numbers:
+                mine = group == number
+                outliers[number][layer] += int((mine & ~first & ~kept).sum())
+                if (mine & kept).any():
+                    counted[layer][number].append(Firing.of(features[mine & kept], text[mine & kept]))
+    totals = {}
+    for layer, by_group in counted.items():
+        none = torch.zeros(scope.suite[layer].d_sae, dtype=torch.float64)
+        totals[layer] = [sum(parts, Firing(none, none, 0)) for parts in by_group]
+    reads = [
+        Read(
+            sum(bool((group == number).any()) for group in groups),
+            sum(int((group == number).sum()) for group in groups),
+            sum(int(group[0] == number) for group in groups),
+            outliers[number],
+        )
+        for number in numbers
+    ]
+    return totals, reads
+
+
+def compare(
+    index: FeatureIndex,
+    counted: dict[int, list[Firing]],
+    reads: list[Read],
+    *,
+    count: int,
+    only: bool,
+    span: list[str] | None = None,
+) -> Findings:
+    """The features that fire more often in the first group than in the second (without one, in the index's corpus).
+
+    Args:
+        counted: counts of the groups by layer.
+        reads: what was read of each group.
+        span: the tokens of a diagnosis.
+
+    Raises:
+        QwenScopeError: a group without a token that counts.
+    """
+    wanted = list(counted)
     compared: dict[int, tuple[Firing, Firing, Contrast]] = {}
     z, p, fires, shown = [], [], [], []
     for layer in wanted:
@@ -166,37 +251,7 @@ def find(
         place = bisect_right(starts, at) - 1
         layer = wanted[place]
         found.append(_found(index, (layer, at - starts[place]), *compared[layer], q=float(q[at])))
-    return Findings(found, reads[0], reads[1] if len(reads) > 1 else None, int(candidates.sum()))
-
-
-@torch.no_grad()
-def _count(
-    scope: Scope, groups: list[list[TokenizedText]], layers: Sequence[int]
-) -> tuple[dict[int, list[Firing]], list[Read]]:
-    """Counts of each group by layer, and what was read. All groups are read together, so that norms have one median."""
-    texts = [text for group in groups for text in group]
-    group_of = torch.tensor([number for number, group in enumerate(groups) for _ in group])
-    lengths = torch.tensor([len(text) for text in texts])
-    counted: dict[int, list[list[Firing]]] = {layer: [[] for _ in groups] for layer in layers}
-    outliers = [dict.fromkeys(layers, 0) for _ in groups]
-    for order, residuals in read_rows(texts, scope.backbone, layers):
-        text = torch.tensor(order).repeat_interleave(lengths[order])
-        first = torch.cat([torch.ones(1, dtype=torch.bool), text[1:] != text[:-1]])
-        for layer in layers:
-            x, sae = residuals.pop(layer), scope.suite[layer]
-            kept = torch.from_numpy(kept_tokens(x, first)[0])
-            features = sae.encode(x.to(sae.device)).to("cpu")
-            for number in range(len(groups)):
-                mine = group_of[text] == number
-                outliers[number][layer] += int((mine & ~first & ~kept).sum())
-                if (mine & kept).any():
-                    counted[layer][number].append(Firing.of(features[mine & kept], text[mine & kept]))
-    totals = {}
-    for layer, by_group in counted.items():
-        none = torch.zeros(scope.suite[layer].d_sae, dtype=torch.float64)
-        totals[layer] = [sum(parts, Firing(none, none, 0)) for parts in by_group]
-    reads = [Read(len(group), sum(map(len, group)), left_out) for group, left_out in zip(groups, outliers, strict=True)]
-    return totals, reads
+    return Findings(found, reads[0], reads[1] if len(reads) > 1 else None, int(candidates.sum()), span)
 
 
 def _corpus(index: FeatureIndex, layer: int) -> tuple[torch.Tensor, Firing]:

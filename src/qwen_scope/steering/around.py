@@ -78,8 +78,8 @@ class Following:
         cache = given.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         positions = _positions(given, batch, length, past)
-        if past == 0 and not self._continues(tokens):
-            self._prompt = tokens
+        if past == 0 and not self._continues(ids):
+            self._prompt = ids
             self._lengths = [int(row.max()) + 1 for row in positions]
         elif not self._lengths:
             # The prompt was read before the block began.
@@ -95,12 +95,17 @@ class Following:
         self._writers = self._changes.writers(Layout(positions, lengths))
         self.passes += 1
 
-    def _continues(self, tokens: Tensor | None) -> bool:
-        """Whether a pass without a cache reads the prompt again with what was generated since."""
+    def _continues(self, ids: Tensor) -> bool:
+        """Whether a pass without a cache reads the prompt again, as ids or their embeddings, with what was generated since."""
         before = self._prompt
-        if before is None or tokens is None or tokens.shape[0] != before.shape[0] or tokens.shape[1] <= before.shape[1]:
+        if (
+            before is None
+            or ids.ndim != before.ndim
+            or ids.shape[0] != before.shape[0]
+            or ids.shape[1] <= before.shape[1]
+        ):
             return False
-        return bool((tokens[:, : before.shape[1]] == before).all())
+        return bool((ids[:, : before.shape[1]] == before).all())
 
     def _match(self, batch: int) -> None:
         """Makes as many rows as the batch has."""

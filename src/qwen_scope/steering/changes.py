@@ -105,28 +105,27 @@ class Changes:
         return {layer: writer(layer) for layer in self.layers}
 
     def _write_generated(self, layer: int, x: Float[Tensor, "batch 1 d_model"]) -> Float[Tensor, "batch 1 d_model"]:
-        others: list[list[Bool[Tensor, " one"] | None]] = [[None] * len(row) for row in self.rows]
+        masks: list[list[Bool[Tensor, " one"] | None]] = [[None] * len(row) for row in self.rows]
         here = torch.ones(1, dtype=torch.bool)
         for row, changes in enumerate(self.rows):
-            for at, change in enumerate(changes):
-                if change.edit.layer != layer or not change.edit.where.generated:
-                    continue
-                if change.edit.how == "add":
+            made = [at for at, change in enumerate(changes) if _at_generated(change, layer)]
+            # What is added beside other edits is added with them, since directions are ablated after that.
+            only_adds = _only_adds(changes, layer)
+            for at in made:
+                if only_adds:
                     self.touched[row][at] += 1
                 else:
-                    others[row][at] = here
-        if any(mask is not None for masks in others for mask in masks):
-            written = self._write(layer, x, others)
-            return written + self._additions(layer, x)[:, None]
+                    masks[row][at] = here
+        if any(mask is not None for row in masks for mask in row):
+            x = self._write(layer, x, masks)
         return x + self._additions(layer, x)[:, None]
 
     def _additions(self, layer: int, x: Tensor) -> Float[Tensor, "batch d_model"]:
         if layer not in self._added:
             total = torch.zeros(len(self.rows), x.shape[-1], dtype=torch.float32)
             for row, changes in enumerate(self.rows):
-                for change in changes:
-                    edit = change.edit
-                    if edit.layer == layer and edit.how == "add" and edit.where.generated:
+                for change in changes if _only_adds(changes, layer) else ():
+                    if _at_generated(change, layer):
                         total[row] += change.strength * change.direction.cpu()
             self._added[layer] = total.to(x)
         return self._added[layer]
@@ -154,7 +153,7 @@ class Changes:
                     ablated.append((mask, direction))
                     continue
                 if change.edit.how == "add":
-                    size = torch.full((len(where),), change.strength, device=x.device)
+                    size = torch.ones(len(where), device=x.device) * change.strength
                 else:
                     value = values(row, change.edit.number, where)
                     size = change.strength - value if change.edit.how == "clamp" else (change.strength - 1) * value
@@ -186,6 +185,15 @@ class Changes:
             return found[place[row][where.cpu()].to(sae.device)].activation(number).clamp_min(0).to(x.device)
 
         return value
+
+
+def _at_generated(change: Change, layer: int) -> bool:
+    return change.edit.layer == layer and change.edit.where.generated
+
+
+def _only_adds(changes: Sequence[Change], layer: int) -> bool:
+    """Whether all that is done to generated tokens at a layer is to add."""
+    return all(change.edit.how == "add" for change in changes if _at_generated(change, layer))
 
 
 def _together(

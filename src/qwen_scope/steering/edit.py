@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -55,7 +55,8 @@ class Edit:
             raise QwenScopeError(f"expected the unit 'raw' or 'x', found {self.unit!r}; choose one of the two")
         if isinstance(self.strength, bool) or not isinstance(self.strength, int | float):
             raise QwenScopeError(f"expected a number as strength of {self.name}, found {self.strength!r}; give one")
-        if not math.isfinite(self.strength):
+        # Not isfinite(), which cannot take an integer beyond the numbers that there are.
+        if not abs(self.strength) <= sys.float_info.max:
             raise QwenScopeError(f"expected a finite strength of {self.name}, found {self.strength}; give a number")
         if self.unit == "x" and self.how in ("scale", "ablate"):
             raise QwenScopeError(

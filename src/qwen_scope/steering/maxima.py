@@ -18,7 +18,7 @@ from qwen_scope.fingerprint import fingerprint
 from qwen_scope.outliers import norm_outliers
 from qwen_scope.reading import read_rows
 from qwen_scope.suite import Suite
-from qwen_scope.tokens import tokenize
+from qwen_scope.tokens import TokenizedText, tokenize
 
 
 class Maxima:
@@ -81,7 +81,12 @@ def measured(backbone: Backbone, suite: Suite, layer: int) -> Float[Tensor, " d_
             "expected a tokenizer, to measure the highest activation of features, found none; give strengths without x, in raw "
             "units of activation"
         )
-    texts, _ = tokenize(SAMPLE_TEXTS, backbone.tokenizer)
+    most = backbone.context_length
+    texts = [
+        # Of a model with a short context, as much as it can read.
+        TokenizedText(text.text, text.ids[:most], text.tokens[:most], text.spans[:most])
+        for text in tokenize(SAMPLE_TEXTS, backbone.tokenizer)[0]
+    ]
     sae = suite[layer]
     highest = torch.zeros(sae.d_sae)
     for order, residuals in read_rows(texts, backbone, [layer]):

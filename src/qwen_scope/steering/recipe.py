@@ -55,7 +55,7 @@ class Recipe:
             raise QwenScopeError(
                 f"expected a steering recipe at {place}, found none ({error.strerror}); check the path"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise QwenScopeError(
                 f"expected a steering recipe at {place}, found no JSON ({error}); check the path"
             ) from error

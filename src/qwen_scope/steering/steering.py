@@ -13,6 +13,8 @@ from qwen_scope.errors import QwenScopeError
 from qwen_scope.steering.edit import Edit
 from qwen_scope.steering.recipe import Recipe
 
+MOST_NESTED = 4
+"""Lists within lists that are read, so that what a server is sent cannot exhaust the stack."""
 MOST_EDITS = 256
 """More features than anybody steers at once; what a server does for one request stays bounded."""
 
@@ -42,31 +44,7 @@ class Steering:
         Raises:
             QwenScopeError: anything else.
         """
-        if isinstance(given, Steering):
-            return given
-        if given is None:
-            return Steering()
-        if isinstance(given, Edit):
-            return Steering((given,))
-        if isinstance(given, Path):
-            return Steering.of(Recipe.load(given).steering)
-        if isinstance(given, str):
-            return Steering(tuple(Edit.parse(part) for part in given.split()))
-        if isinstance(given, Mapping):
-            if "edits" in given:
-                unknown = set(given) - {"edits"}
-                if unknown:
-                    raise QwenScopeError(
-                        f"expected a steering with edits alone, found {sorted(map(str, unknown))[0]!r} beside them; leave it out"
-                    )
-                given = given["edits"]
-            else:
-                return Steering((Edit.from_dict(dict(given)),))
-        if isinstance(given, Sequence):
-            return Steering(tuple(edit for item in given for edit in Steering.of(item).edits))
-        raise QwenScopeError(
-            f"expected a steering such as '12/6159:2x', found a {type(given).__name__}; pass text, edits or a list of them"
-        )
+        return _read(given, MOST_NESTED)
 
     @property
     def layers(self) -> list[int]:
@@ -104,3 +82,32 @@ class Steering:
 
     def __repr__(self) -> str:
         return f"Steering({json.dumps(str(self))})"
+
+
+def _read(given: Any, levels: int) -> Steering:
+    """What `Steering.of` does, with so many levels of lists at most."""
+    if isinstance(given, Steering):
+        return given
+    if given is None:
+        return Steering()
+    if isinstance(given, Edit):
+        return Steering((given,))
+    if isinstance(given, Path):
+        return _read(Recipe.load(given).steering, levels)
+    if isinstance(given, str):
+        return Steering(tuple(Edit.parse(part) for part in given.split()))
+    if isinstance(given, Mapping):
+        if "edits" in given:
+            unknown = set(given) - {"edits"}
+            if unknown:
+                raise QwenScopeError(
+                    f"expected a steering with edits alone, found {sorted(map(str, unknown))[0]!r} beside them; leave it out"
+                )
+            given = given["edits"]
+        else:
+            return Steering((Edit.from_dict(dict(given)),))
+    if isinstance(given, Sequence) and levels:
+        return Steering(tuple(edit for item in given for edit in _read(item, levels - 1).edits))
+    raise QwenScopeError(
+        f"expected a steering such as '12/6159:2x', found a {type(given).__name__}; pass text, edits or a list of them"
+    )

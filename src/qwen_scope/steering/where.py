@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -100,11 +101,14 @@ class Where:
         """Whether both can steer the same token, in some prompt."""
         if (self.prompt and other.prompt) or (self.generated and other.generated):
             return True
+        if any(((a < 0) != (c < 0)) or ((b < 0) != (d < 0)) for a, b in self.positions for c, d in other.positions):
+            # Of one counted from the prompt's start and one from its end, no matter how far apart: some prompt is so short.
+            return True
         mine, theirs = self._signed(), other._signed()
         return any(a <= d and c <= b for a, b in mine for c, d in theirs)
 
     def _signed(self) -> list[tuple[float, float]]:
         """Positions as intervals; all of the prompt is every position but 0, and those of mixed sign are anywhere."""
-        whole = [(1, float("inf")), (-float("inf"), -1)] if self.prompt else []
-        mixed = [(-float("inf"), float("inf")) if (a < 0) != (b < 0) else (a, b) for a, b in self.positions]
+        whole = [(1.0, math.inf), (-math.inf, -1.0)] if self.prompt else []
+        mixed = [(-math.inf, math.inf) if (a < 0) != (b < 0) else (float(a), float(b)) for a, b in self.positions]
         return [*whole, *mixed]
