@@ -94,17 +94,18 @@ def located(
 
 def rows(
     source: str | Path,
-    columns: tuple[str, ...],
+    columns: Wanted,
     *,
     split: str = "train",
     config: str | None = None,
     streaming: bool = True,
     broken: Broken = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Some columns of the rows of a table (JSONL, JSON, CSV, Parquet, a folder of those, a dataset), each with the words that
-    say where it was, always in the same order. Values are as they were stored, None where a row lacks one.
+) -> Iterator[tuple[str, Any]]:
+    """The values of each row as they were stored, blank ones included and None where a row lacks one, each with the words that
+    say where it was, always in the same order: of several columns a dict, of one the value, of None that of the column which
+    holds the text.
 
-    For the arguments and errors see `located`.
+    For the other arguments and the errors see `located`.
     """
     yield from _values(source, columns, split, config, streaming, broken)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from qwen_scope.data.fired import Fired
+from qwen_scope.errors import QwenScopeError
 
 
 def coverage(counts: Int[ndarray, " features"], items: int, sizes: Int[ndarray, " sizes"]) -> Float[ndarray, " sizes"]:
@@ -22,7 +23,14 @@ def coverage(counts: Int[ndarray, " features"], items: int, sizes: Int[ndarray, 
         counts: m_j, by how many items each feature is fired; zeros do not count.
         items: N.
         sizes: subset sizes, 0 to N.
+
+    Raises:
+        QwenScopeError: another size.
     """
+    if len(sizes) and not 0 <= sizes.min() <= sizes.max() <= items:
+        raise QwenScopeError(
+            f"expected sizes from 0 to {items}, found {sizes.min()} to {sizes.max()}; choose among those"
+        )
     times, features = np.unique(counts[counts > 0], return_counts=True)
     if not len(times):
         return np.zeros(len(sizes))
@@ -44,24 +52,41 @@ class Redundancy:
     """How much of a set repeats itself."""
 
     redundancy: float
-    """R_hat = (sum over n of c_n) / |F(D)| (the report). The more items fire the same features, the larger; it grows with the
-    number of items, so compare sets of one size."""
+    """R_hat = (sum over k = 1..n of c_k) / |F| (the report). The more items fire the same features, the larger. It grows with the
+    number of items: compare sets at one n."""
     mean_coverage: float
-    """(sum over n of c_n) / N: the mean height of the curve, between 1/2, if every feature is fired by one item, and 1, if
-    every item fires all."""
-    features: int
-    """|F(D)|."""
+    """(sum over k = 1..n of c_k) / n: the mean height of the curve, near 1/2 if every feature is fired by one item, 1 if every
+    item fires all. It grows with n too, but stays below 1."""
+    features: float
+    """|F|, or of a part of the set, the expected one."""
     items: int
-    """N."""
+    """n."""
 
 
-def redundancy(fired: Fired) -> Redundancy:
-    """Redundancy in closed form: sum over n of c_n = (1 / |F|) sum over j of (N + 1) m_j / (m_j + 1)."""
-    counts, items = fired.counts, len(fired)
-    counts = counts[counts > 0]
-    total = float(((items + 1) * counts / (counts + 1)).mean()) if len(counts) else 0.0
-    features = max(1, len(counts))
-    return Redundancy(total / features, total / max(1, items), len(counts), items)
+def redundancy(fired: Fired, size: int | None = None) -> Redundancy:
+    """Redundancy of a whole set, or that of n random items of it, in closed form.
+
+    Of n of N items, a feature fired by m is missed with probability q = C(N - m, n) / C(N, n), and the sum over k = 1..n of the
+    probabilities that k of them fire it is `n + 1 - (N + 1 - (N - n - m) q) / (m + 1)`; for n = N that is (N + 1) m / (m + 1).
+
+    Args:
+        size: n; all items unless told. Features and coverage are expectations over subsets, one divided by the other.
+
+    Raises:
+        QwenScopeError: more items than the set has, or none.
+    """
+    items = len(fired)
+    n = items if size is None else size
+    if not 1 <= n <= items:
+        raise QwenScopeError(f"expected 1 to {items} items, as many as the set has, found {n}; choose fewer")
+    counts = fired.counts
+    times, features = np.unique(counts[counts > 0], return_counts=True)
+    if not len(times):
+        return Redundancy(0.0, 0.0, 0.0, n)
+    q = missed(times, items, np.array([n]))[:, 0]
+    whole = float(features @ (1 - q))
+    total = float(features @ (n + 1 - (items + 1 - (items - n - times) * q) / (times + 1))) / whole
+    return Redundancy(total / whole, total / n, whole, n)
 
 
 def sampled_coverage(fired: Fired, sizes: Int[ndarray, " sizes"], *, draws: int, seed: int) -> Float[ndarray, " sizes"]:

@@ -17,14 +17,14 @@ from qwen_scope.corpus import Document
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.outliers import norm_outliers
 from qwen_scope.reading import read_rows
-from qwen_scope.tokens import tokenize
+from qwen_scope.tokens import TokenizedText, tokenize
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
 
 Position = Literal["last", "any"]
-"""Where an item must fire a feature: at its `last` token (the report, section 4), or at `any` token but the first and norm
-outliers (the report, section 5)."""
+"""Where an item must fire a feature: at its `last` token, whatever that is (the report, section 4), or at `any` token but the
+first and norm outliers (the report, section 5, which leaves out none)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,18 +106,31 @@ def read(
     Raises:
         QwenScopeError: an item that cannot be read or is longer than the model's context, or a layer that is not there.
     """
+    tokenized, _ = tokenize(list(texts), scope.backbone.tokenizer)
+    return read_tokens(scope, tokenized, layers, position, means=means, progress=progress)
+
+
+def read_tokens(
+    scope: Scope,
+    texts: Sequence[TokenizedText],
+    layers: Sequence[int],
+    position: Position = "last",
+    *,
+    means: bool = False,
+    progress: bool = True,
+) -> Read:
+    """The same of texts that are tokenized already."""
     if position not in get_args(Position):
         raise QwenScopeError(f"expected position 'last' or 'any', found {position!r}; choose one of the two")
     for layer in layers:
         scope.suite[layer]
-    tokenized, _ = tokenize(list(texts), scope.backbone.tokenizer)
     widths = {layer: scope.suite[layer].d_sae for layer in layers}
     parts: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {layer: [] for layer in layers}
     pooled = {layer: np.zeros((len(texts), scope.backbone.d_model), np.float32) for layer in layers if means}
-    total = sum(map(len, tokenized))
+    total = sum(map(len, texts))
     with tqdm(total=total, desc="reading", unit="token", disable=not progress or len(texts) < 64) as bar:
-        for order, residuals in read_rows(tokenized, scope.backbone, layers, told=bar.update):
-            lengths = torch.tensor([len(tokenized[text]) for text in order])
+        for order, residuals in read_rows(texts, scope.backbone, layers, told=bar.update):
+            lengths = torch.tensor([len(texts[text]) for text in order])
             owner = torch.repeat_interleave(torch.arange(len(order)), lengths)
             for layer in layers:
                 x = residuals.pop(layer)
@@ -128,7 +141,7 @@ def read(
     return Read(
         {layer: _joined(parts.pop(layer), widths[layer]) for layer in layers},
         pooled,
-        np.array([len(text) for text in tokenized]),
+        np.array([len(text) for text in texts]),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,12 @@ import torch
 
 from qwen_scope.corpus import Document
 from qwen_scope.corpus.columns import Broken
-from qwen_scope.data.fired import Fired, Position, fired
+from qwen_scope.data.fired import Fired, Position, read_tokens
 from qwen_scope.data.items import read_items
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, read_safetensors, write_safetensors
 from qwen_scope.fingerprint import fingerprint
+from qwen_scope.tokens import TokenizedText, tokenize
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
@@ -38,7 +39,9 @@ class About:
     items: int
     """How many items it has."""
     left_out: int
-    """Rows that could not be used."""
+    """Rows that could not be used, such as those with an empty field."""
+    left_out_first: str | None
+    """What was wrong with the first of them."""
     layer: int
     """Whose features, from 0."""
     position: Position
@@ -61,6 +64,8 @@ class Footprint:
     """What it is of."""
     fired: Fired
     """Which features each item fires."""
+    places: list[str]
+    """Where each item was, such as `line 5 of set.jsonl`: so that a subset can be found again."""
 
     @staticmethod
     def of(
@@ -84,20 +89,23 @@ class Footprint:
             layer: whose features.
             position: `last` counts what fires at each item's last token, as the report does; `any` what fires anywhere.
             name: what to call the set; its file's name unless told.
+            broken: is called with a sentence for each row that cannot be used, or is longer than the model's context, which is
+                left out and counted then. Without it, the first one ends the reading.
 
         For the other arguments see `qwen_scope.data.items.read_items`.
 
         Raises:
             QwenScopeError: a set that cannot be read, or a layer that is not there.
         """
-        left_out = 0
+        left_out: list[str] = []
 
         def told(sentence: str) -> None:
-            nonlocal left_out
-            left_out += 1
-            if broken is not None:
-                broken(sentence)
+            if broken is None:
+                raise QwenScopeError(sentence)
+            left_out.append(sentence)
+            broken(sentence)
 
+        scope.suite[layer]
         items = read_items(
             source,
             column=column,
@@ -107,24 +115,32 @@ class Footprint:
             count=count,
             broken=None if broken is None else told,
         )
+        texts, _ = tokenize(items.texts, scope.backbone.tokenizer)
+        fit = [
+            at for at, text in enumerate(texts) if _fits(text, scope.backbone.context_length, items.places[at], told)
+        ]
+        if not fit:
+            raise QwenScopeError(f"expected items that the model can read, found none; the first: {left_out[0]}")
         from_list = not isinstance(source, str | Path)
         about = About(
             name=name or ("texts" if from_list else Path(str(source)).stem),
             source="a list" if from_list else str(source),
             template=template,
-            items=len(items),
-            left_out=left_out,
+            items=len(fit),
+            left_out=len(left_out),
+            left_out_first=left_out[0] if left_out else None,
             layer=layer,
             position=position,
             model=scope.backbone.name,
             suite=scope.suite.name,
             fingerprint=fingerprint(scope.suite, [layer]),
         )
-        return Footprint(about, fired(scope, items.texts, layer, position))
+        fired = read_tokens(scope, [texts[at] for at in fit], [layer], position).fired[layer]
+        return Footprint(about, fired, [items.places[at] for at in fit])
 
     def with_asked(self, asked: dict[str, Any]) -> Footprint:
         """The same, with a note of what was asked for."""
-        return Footprint(replace(self.about, asked=asked), self.fired)
+        return Footprint(replace(self.about, asked=asked), self.fired, self.places)
 
     @property
     def name(self) -> str:
@@ -146,11 +162,9 @@ class Footprint:
             "features": torch.from_numpy(self.fired.features),
             "values": torch.from_numpy(self.fired.values),
         }
-        write_safetensors(
-            expanded(path),
-            tensors,
-            {"format": FORMAT, "about": json.dumps(asdict(self.about)), "d_sae": str(self.fired.d_sae)},
-        )
+        about, places = json.dumps(asdict(self.about)), json.dumps(self.places, ensure_ascii=False)
+        metadata = {"format": FORMAT, "about": about, "places": places, "d_sae": str(self.fired.d_sae)}
+        write_safetensors(expanded(path), tensors, metadata)
 
     @staticmethod
     def load(path: str | Path) -> Footprint:
@@ -164,17 +178,18 @@ class Footprint:
         if metadata.get("format") != FORMAT:
             raise QwenScopeError(f"expected a footprint at {place}, found another file; make one with Footprint.save")
         try:
-            about: dict[str, Any] = json.loads(metadata["about"])
-            arrays = {name: tensors[name].numpy() for name in ("starts", "features", "values")}
-            d_sae = int(metadata["d_sae"])
-            whole = Fired(arrays["starts"], arrays["features"], arrays["values"], d_sae)
-            made = Footprint(About(**about), whole)
-        except (KeyError, TypeError, ValueError) as error:
+            about = About(**json.loads(metadata["about"]))
+            arrays = [tensors[name].numpy() for name in ("starts", "features", "values")]
+            made = Footprint(about, Fired(*arrays, int(metadata["d_sae"])), json.loads(metadata["places"]))
+            whole = _is_whole(made)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise QwenScopeError(
-                f"expected a whole footprint at {place}, found a damaged one ({error}); make it again"
+                f"expected a whole footprint at {place}, found a damaged one ({error!r}); delete it and make it again"
             ) from error
-        if whole.starts[-1] != len(whole.features) or whole.features.max(initial=0) >= d_sae:
-            raise QwenScopeError(f"expected a whole footprint at {place}, found a damaged one; make it again")
+        if not whole:
+            raise QwenScopeError(
+                f"expected a whole footprint at {place}, found a damaged one; delete it and make it again"
+            )
         return made
 
     def __repr__(self) -> str:
@@ -183,6 +198,30 @@ class Footprint:
             f"Footprint({about.name!r}, {len(self)} items, {len(self.features)} features of layer {about.layer}, "
             f"{about.position})"
         )
+
+
+def _fits(text: TokenizedText, limit: int | None, where: str, told: Callable[[str], object]) -> bool:
+    """Whether the model can read an item; tells if not."""
+    fits = limit is None or len(text) <= limit
+    if not fits:
+        told(
+            f"expected an item of at most {limit} tokens, the model's context, in {where}, found {len(text)}; shorten it"
+        )
+    return fits
+
+
+def _is_whole(made: Footprint) -> bool:
+    """Whether the parts of a footprint belong together."""
+    fired, items = made.fired, made.about.items
+    if {len(fired.starts), len(made.places) + 1} != {items + 1} or len(fired.features) != len(fired.values):
+        return False
+    lengths = np.diff(fired.starts)
+    if fired.starts[0] != 0 or fired.starts[-1] != len(fired.features) or (lengths < 0).any():
+        return False
+    # Within an item the numbers ascend.
+    ascending = (np.diff(fired.features) > 0) | (np.diff(fired.items) > 0)
+    known = (fired.features >= 0) & (fired.features < fired.d_sae)
+    return bool(ascending.all() and known.all())
 
 
 def check_comparable(footprints: Sequence[Footprint]) -> None:

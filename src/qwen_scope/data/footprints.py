@@ -24,8 +24,9 @@ def footprints(
     folder: Path,
     *,
     layer: int,
-    position: Position,
+    position: Position = "last",
     count: int | None = None,
+    read_with: Mapping[str, Any] | None = None,
 ) -> list[Footprint]:
     """The footprints of some sets; those that the folder holds, of the same source and options, are not made again.
 
@@ -38,28 +39,30 @@ def footprints(
         layer: whose features.
         position: where an item must fire them.
         count: items of each set at most.
+        read_with: what decides which model and SAEs `scope` gives, such as their names: what was read with others is made anew.
 
     Raises:
-        QwenScopeError: a set that cannot be read, or a name that no file can have.
+        QwenScopeError: a set that cannot be read, or a name that no file can have. The footprints made before it are kept.
     """
+    for each in sets:
+        if not re.fullmatch(r"[^\W_][\w .+-]{0,80}", each["name"]):
+            raise QwenScopeError(
+                f"expected a name of letters, digits, spaces and -_.+, found {each['name']!r}; name it otherwise"
+            )
     opened: Scope | None = None
     made = []
     for each in tqdm(sets, desc="sets", disable=len(sets) < 2):
-        name = each["name"]
-        if not re.fullmatch(r"[\w][\w .+-]{0,80}", name):
-            raise QwenScopeError(
-                f"expected a name of letters, digits, spaces and -_.+, found {name!r}; name it otherwise"
-            )
-        path = folder / f"{name}.safetensors"
+        path = folder / f"{each['name']}.safetensors"
         options = {key: value for key, value in each.items() if key not in ("name", "source") and value is not None}
         source = from_anywhere(each["source"])
         asked = {
             "source": source,
+            "files": _stamp(source),
+            "options": options,
             "layer": layer,
             "position": position,
             "count": count,
-            "options": options,
-            "file": _stamp(source),
+            "read_with": dict(read_with or {}),
         }
         if path.is_file() and (kept := Footprint.load(path)).about.asked == asked:
             made.append(kept)
@@ -71,7 +74,7 @@ def footprints(
             source,
             layer=layer,
             position=position,
-            name=name,
+            name=each["name"],
             count=count,
             broken=lambda sentence: None,
             **options,
@@ -82,9 +85,8 @@ def footprints(
 
 
 def _stamp(source: str) -> list[int]:
-    """What changes when a file does; nothing for what is no file."""
-    path = Path(source)
-    if not path.is_file():
-        return []
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    """What changes when a file or the files of a folder do: how many, their size, and the latest change of one."""
+    place = Path(source)
+    files = [path for path in (place.rglob("*") if place.is_dir() else [place]) if path.is_file()]
+    found = [path.stat() for path in files]
+    return [len(files), sum(of.st_size for of in found), max((of.st_mtime_ns for of in found), default=0)]

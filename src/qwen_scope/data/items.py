@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from qwen_scope.corpus import Document, located, rows
-from qwen_scope.corpus.columns import Broken, as_document, is_blank
+from qwen_scope.corpus import Document, rows
+from qwen_scope.corpus.columns import Broken, as_document, is_blank, parsed_or_told
 from qwen_scope.errors import QwenScopeError
 
 
@@ -44,7 +46,8 @@ def read_items(
     Args:
         source: see `qwen_scope.corpus.located`; or the texts themselves.
         column: where a row's text or messages are; see `located`.
-        template: instead, a text made of a row's columns, such as `Question: {question}\\nAnswer:`.
+        template: instead, a text made of a row's columns, such as `Question: {question}\\nAnswer:`; `{choices[0]}` is the first
+            of a list, and `{{` a brace.
         label: the column that holds each item's label.
         split: for datasets, the split to read.
         subset: for datasets on the hub, the configuration to read.
@@ -57,73 +60,78 @@ def read_items(
     """
     if template is not None and column is not None:
         raise QwenScopeError("expected a column or a template, found both; leave one out")
-    read: list[tuple[str, Document, str | None]] = []
-    if not isinstance(source, str | Path):
-        if template is not None or label is not None:
-            raise QwenScopeError(
-                "expected a file with columns for a template or labels, found a list of texts; leave them out"
-            )
-        read = [(f"item {n}", as_document(text, f"item {n}"), None) for n, text in enumerate(source, 1)]
-    elif template is None and label is None:
-        found = located(source, column=column, split=split, config=subset, broken=broken)
-        for where, document in found:
-            read.append((where, document, None))
-            if len(read) == count:
-                break
-    else:
-        fields = _fields(template) if template is not None else [_text_column(column)]
-        columns = tuple(dict.fromkeys([*fields, *([] if label is None else [label])]))
-        for where, row in rows(source, columns, split=split, config=subset, broken=broken):
-            try:
-                item = _item(row, where, fields, template, label)
-            except QwenScopeError as error:
-                if broken is None:
-                    raise
-                broken(str(error))
-                continue
-            read.append(item)
-            if len(read) == count:
-                break
-    read = read[:count]
-    if not read:
+    if count is not None and count < 1:
+        raise QwenScopeError(f"expected a count of at least 1 item, found {count}; ask for one or more")
+    fields = [] if template is None else _fields(template)
+    named = template is not None or label is not None
+    if isinstance(source, str | Path):
+        columns = [*(fields or [column or "text"]), *([] if label is None else [label])]
+        wanted = tuple(dict.fromkeys(columns)) if named else column
+        found: Iterable[tuple[str, Any]] = rows(source, wanted, split=split, config=subset, broken=broken)
+    elif named or column is not None:
         raise QwenScopeError(
-            f"expected items in {source if isinstance(source, str | Path) else 'the list'}, found none; give some"
+            "expected a file with columns for a column, a template or labels, found a list of texts; leave them out"
         )
-    labels = None if label is None else [str(known) for _, _, known in read]
-    return Items([text for _, text, _ in read], labels, [where for where, _, _ in read])
+    else:
+        found = ((f"item {n}", text) for n, text in enumerate(source, 1))
 
+    def parsed(value: Any, where: str) -> tuple[Document, str]:
+        if not named:
+            return _document(value, where), ""
+        known = "" if label is None else str(_filled(value, label, where))
+        values = {name: _filled(value, name, where) for name in fields}
+        text = value[column or "text"] if template is None else _formatted(template, values, where)
+        return _document(text, where), known
 
-def _text_column(column: str | None) -> str:
-    return "text" if column is None else column
+    read = list(islice(parsed_or_told(iter(found), parsed, broken), count))
+    if not read:
+        place = source if isinstance(source, str | Path) else "the list"
+        raise QwenScopeError(f"expected items in {place}, found none that can be used; give some")
+    labels = None if label is None else [known for _, (_, known) in read]
+    return Items([text for _, (text, _) in read], labels, [where for where, _ in read])
 
 
 def _fields(template: str) -> list[str]:
     """The columns that a template names."""
     try:
-        named = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise QwenScopeError(
             f"expected a template such as 'Question: {{question}}', found {template!r} ({error}); fix it"
         ) from error
-    fields = [name for name in named if name.isidentifier()]
-    if not fields or len(fields) != len(named):
+    fields = []
+    for _, name, form, conversion in parts:
+        found = re.fullmatch(r"([^.\[\]]+)(\[[^.\[\]]+\])*", name or "")
+        if found is None or form or conversion or found[1].isdigit():
+            raise QwenScopeError(
+                f"expected columns in braces, such as 'Question: {{question}}' or '{{choices[0]}}', found {{{name}}} in "
+                f"{template!r}; name a column, and write {{{{ for a brace"
+            )
+        fields.append(found[1])
+    if not fields:
         raise QwenScopeError(
             f"expected a template with columns in braces, such as 'Question: {{question}}', found {template!r}; name columns"
         )
     return fields
 
 
-def _item(
-    row: dict[str, Any], where: str, fields: list[str], template: str | None, label: str | None
-) -> tuple[str, Document, str | None]:
-    for name in fields:
-        value = row[name]
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise QwenScopeError(f"expected a value of {name} in {where}, found none; fill it in or leave the row out")
-    if label is not None and row[label] in (None, ""):
-        raise QwenScopeError(f"expected a label {label} in {where}, found none; fill it in or leave the row out")
-    text = template.format(**row) if template is not None else row[fields[0]]
-    document = as_document(text, where)
-    if is_blank(document):
+def _filled(row: dict[str, Any], name: str, where: str) -> Any:
+    value = row[name]
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        raise QwenScopeError(f"expected a value of {name} in {where}, found none; fill it in or leave the row out")
+    return value
+
+
+def _formatted(template: str, values: dict[str, Any], where: str) -> str:
+    try:
+        return template.format(**values)
+    except (LookupError, TypeError) as error:
+        raise QwenScopeError(
+            f"expected all that {template!r} names in {where}, found that it lacks some ({error}); change the template or the row"
+        ) from error
+
+
+def _document(value: Any, where: str) -> Document:
+    if value is None or is_blank(document := as_document(value, where)):
         raise QwenScopeError(f"expected a text in {where}, found a blank one; fill it in or leave the row out")
-    return where, document, None if label is None else str(row[label])
+    return document

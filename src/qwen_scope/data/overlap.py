@@ -2,7 +2,8 @@
 
 Footprints grow with the number of items, so a large set covers a small one for its size alone. Size-matched overlaps compare
 random subsets of n items of each: feature j is fired by such a subset of set i with probability
-`p_ij = 1 - C(N_i - m_ij, n) / C(N_i, n)`, and two independent subsets share `sum over j of p_aj p_bj` features on average.
+`p_ij = 1 - C(N_i - m_ij, n) / C(N_i, n)`, and subsets of two sets share `sum over j of p_aj p_bj` features on average. Two
+subsets of one set that have no item in common both fire j with probability `1 - 2 q(n) + q(2n)`, q the probability of missing it.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class Overlaps:
     symmetric: Float[ndarray, "sets sets"]
     """|F_row n F_column| / min(|F_row|, |F_column|) (the report)."""
     matched: Float[ndarray, "sets sets"]
-    """E |F_row(n) n F_column(n)| / E |F_row(n)| of random subsets of n items. On the diagonal: of two subsets of the same set,
-    which is what no other set can be expected to exceed."""
+    """E |F_row(n) n F_column(n)| / E |F_row(n)| of random subsets of n items. On the diagonal: of two subsets of the same set
+    without a common item, as if the set were sampled twice, which is what to hold the rest of the row against; NaN for a set of
+    fewer than 2n items."""
     low: Float[ndarray, "sets sets"] | None
-    """Lower ends of 95 % intervals of `matched`; None if none were asked for."""
+    """Lower ends of 95 % intervals of `matched`, NaN on the diagonal; None if none were asked for."""
     high: Float[ndarray, "sets sets"] | None
     """Their upper ends."""
     size: int
@@ -63,47 +65,73 @@ def overlaps(
         raise QwenScopeError(
             f"expected subsets of 1 to {smallest} items, the size of the smallest set, found {n}; choose one"
         )
-    counts = np.stack([footprint.fired.counts for footprint in footprints])
-    items = [len(footprint) for footprint in footprints]
-    here = (counts > 0).astype(np.float32)
+    counts = [footprint.fired.counts for footprint in footprints]
+    here = (np.stack(counts) > 0).astype(np.float32)
     shared = (here @ here.T).astype(np.float64)
     own = np.maximum(np.diag(shared), 1)
-    low = high = None
-    if resamples:
-        if 2 * n > smallest:
-            raise QwenScopeError(
-                f"expected subsets of at most {smallest // 2} items for intervals, half the smallest set, found {n}; use fewer"
-            )
-        chance = np.random.default_rng(seed)
-        drawn = []
-        for _ in range(resamples):
-            halves = np.stack([_half_counts(footprint, chance) for footprint in footprints])
-            drawn.append(_matched(halves, [max(1, count // 2) for count in items], n))
-        low, high = np.quantile(np.stack(drawn), [0.025, 0.975], axis=0)
+    items = [len(footprint) for footprint in footprints]
+    matched = _matched([_firing(of, total, n) for of, total in zip(counts, items, strict=True)])
+    np.fill_diagonal(matched, [_with_itself(of, total, n) for of, total in zip(counts, items, strict=True)])
+    low, high = _intervals(footprints, n, resamples, seed) if resamples else (None, None)
     return Overlaps(
         names=[footprint.name for footprint in footprints],
         asymmetric=shared / own[:, None],
         symmetric=shared / np.minimum(own[:, None], own[None]),
-        matched=_matched(counts, items, n),
+        matched=matched,
         low=low,
         high=high,
         size=n,
     )
 
 
-def _matched(counts: Int[ndarray, "sets d_sae"], items: list[int], n: int) -> Float[ndarray, "sets sets"]:
-    fires = np.zeros(counts.shape, dtype=np.float64)
-    for at, (row, total) in enumerate(zip(counts, items, strict=True)):
-        times, which = np.unique(row, return_inverse=True)
-        fires[at] = (1 - missed(times, total, np.array([n]))[:, 0])[which]
-    return fires @ fires.T / np.maximum(fires.sum(1), 1e-300)[:, None]
+def _firing(counts: Int[ndarray, " d_sae"], items: int, n: int) -> Float[ndarray, " d_sae"]:
+    """p: the probability that n of the items fire each feature."""
+    return 1 - missed(np.arange(items + 1), items, np.array([n]))[:, 0][counts]
 
 
-def _half_counts(footprint: Footprint, chance: np.random.Generator) -> Int[ndarray, " d_sae"]:
-    fired = footprint.fired
-    taken = np.zeros(len(fired), dtype=bool)
-    taken[chance.permutation(len(fired))[: max(1, len(fired) // 2)]] = True
-    return np.bincount(fired.features[np.repeat(taken, np.diff(fired.starts))], minlength=fired.d_sae)
+def _matched(firing: list[Float[ndarray, " d_sae"]]) -> Float[ndarray, "sets sets"]:
+    p = np.stack(firing)
+    return p @ p.T / np.maximum(p.sum(1), np.finfo(np.float64).tiny)[:, None]
+
+
+def _with_itself(counts: Int[ndarray, " d_sae"], items: int, n: int) -> float:
+    """E |F(S) n F(T)| / E |F(S)| of two subsets of n items without a common one."""
+    if 2 * n > items:
+        return float("nan")
+    once, twice = missed(np.arange(items + 1), items, np.array([n, 2 * n])).T
+    both = 1 - 2 * once + twice
+    return float(both[counts].sum() / max((1 - once)[counts].sum(), np.finfo(np.float64).tiny))
+
+
+def _intervals(
+    footprints: Sequence[Footprint], n: int, resamples: int, seed: int
+) -> tuple[Float[ndarray, "sets sets"], Float[ndarray, "sets sets"]]:
+    """95 % intervals of the matched overlaps from half-samples."""
+    from scipy import sparse
+
+    smallest = min(len(footprint) for footprint in footprints)
+    if 2 * n > smallest:
+        raise QwenScopeError(
+            f"expected subsets of at most {smallest // 2} items for intervals, half the smallest set, found {n}; use fewer"
+        )
+    chance, drawn = np.random.default_rng(seed), []
+    # Features by items, so that a half's counts are one product.
+    tables = [
+        sparse.csr_matrix((np.ones(len(of.features), np.int32), of.features, of.starts), (len(of), of.d_sae)).T
+        for of in (footprint.fired for footprint in footprints)
+    ]
+    for _ in range(resamples):
+        firing = []
+        for table in tables:
+            items = table.shape[1]
+            half = np.zeros(items, np.int32)
+            half[chance.permutation(items)[: items // 2]] = 1
+            firing.append(_firing(table @ half, items // 2, n))
+        drawn.append(_matched(firing))
+    low, high = np.quantile(np.stack(drawn), [0.025, 0.975], axis=0)
+    for ends in (low, high):
+        np.fill_diagonal(ends, np.nan)
+    return low, high
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,25 @@
-"""`study`: all that footprints tell of some benchmarks, as figures, plots and one page."""
+"""`study`: all that footprints tell of some sets, as figures, plots and one page."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Shaped
 
-from qwen_scope.data.coverage import coverage, redundancy, representative
+from qwen_scope.data.compare import Difference, differences
+from qwen_scope.data.coverage import Redundancy, coverage, redundancy, representative
 from qwen_scope.data.footprint import About, Footprint, check_comparable
 from qwen_scope.data.overlap import Addition, Overlaps, additions, overlaps
+from qwen_scope.data.panel import Agreement, agreements
+from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, replacing
 
 if TYPE_CHECKING:
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
 ENOUGH = 0.9
 """Share of a set's features that a representative subset of it is to fire."""
+SHOWN = 20
+"""Features that differ between two sets, printed at most; the page has all."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +37,19 @@ class SetFigures:
 
     about: About
     """What it is of."""
-    features: int
-    """|F(D)|."""
-    redundancy: float
-    """R_hat, see `qwen_scope.data.coverage.Redundancy`."""
-    mean_coverage: float
-    """Mean height of its coverage curve, see the same."""
-    matched_features: float
-    """Features that n random items of it fire on average, n the same for all sets: footprints grow with their sets."""
-    enough: int
-    """Items, chosen greedily, that fire 90 % of its features."""
+    whole: Redundancy
+    """Of all its items."""
+    matched: Redundancy
+    """Of as many random items as half of the smallest set has: footprints grow with their sets, so only these compare."""
+    representative: list[str]
+    """Where the items are, chosen greedily, that fire 90 % of its features."""
     curve: list[tuple[float, float]]
     """Coverage curve: share of the items, share of the features."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What footprints tell of some benchmarks."""
+    """What footprints tell of some sets."""
 
     sets: list[SetFigures]
     """Set by set."""
@@ -57,91 +59,147 @@ class Study:
     """All pairwise overlaps."""
     additions: list[Addition]
     """The sets in the order in which each next one adds most."""
+    differences: list[Difference] | None = None
+    """Features that the first of two sets compared fires more or less often than the second."""
+    agreements: list[Agreement] | None = None
+    """How well all this agrees with models' scores, if those were given."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
         of = self.overlaps
-        matrices = {name: None if (m := getattr(of, name)) is None else m.round(4).tolist() for name in _MATRICES}
+        matrices = {name: _plain(getattr(of, name)) for name in _MATRICES}
         return {
             "sets": [asdict(each) for each in self.sets],
             "size": self.size,
             "overlaps": {"names": of.names, "size": of.size, **matrices},
             "additions": [asdict(each) for each in self.additions],
+            "differences": None if self.differences is None else [asdict(each) for each in self.differences],
+            "agreements": None if self.agreements is None else [_finite(asdict(each)) for each in self.agreements],
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Writes study.json, coverage.png, overlaps.png and report.html; gives the path of the page."""
+        """Writes study.json, coverage.png, overlaps.png and report.html; gives the path of the page.
+
+        Raises:
+            QwenScopeError: no matplotlib, or a folder that cannot be written.
+        """
         place = expanded(folder)
+        pictures = self.pictures()
         with replacing(place / "study.json") as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        pictures = {}
-        for name, figure in (("coverage", self.coverage_plot()), ("overlaps", self.overlap_plot())):
-            held = io.BytesIO()
-            figure.savefig(held, format="png", dpi=120)
-            pictures[name] = held.getvalue()
+            text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+        for name, picture in pictures.items():
             with replacing(place / f"{name}.png") as temporary:
-                temporary.write_bytes(pictures[name])
+                temporary.write_bytes(picture)
         with replacing(place / "report.html") as temporary:
             temporary.write_text(self._page(pictures), encoding="utf-8")
         return place / "report.html"
 
-    def coverage_plot(self) -> Figure:
-        """Coverage curves of all sets."""
-        from matplotlib.figure import Figure
+    def pictures(self) -> dict[str, bytes]:
+        """`coverage`, the curves of all sets, and `overlaps`, a heat map of the size-matched ones, as PNG.
 
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        Raises:
+            QwenScopeError: no matplotlib.
+        """
+        try:
+            from matplotlib import rc_context
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise QwenScopeError(
+                "expected matplotlib to draw with, found it is not installed; run pip install 'qwen-scope[data]'"
+            ) from error
+        side = 2.5 + 0.6 * len(self.sets)
+        sizes = {"coverage": (8.0, 4.8), "overlaps": (side + 1, side)}
+        made = {}
+        # Not pyplot, which keeps every figure of the process; and nothing that LaTeX would read in a name.
+        with rc_context({"text.usetex": False, "text.parse_math": False}):
+            for name, draw in (("coverage", self._draw_coverage), ("overlaps", self._draw_overlaps)):
+                figure = Figure(figsize=sizes[name], dpi=100, layout="constrained")
+                FigureCanvasAgg(figure)
+                draw(figure)
+                held = io.BytesIO()
+                # No date and version, so that the same figures make the same file.
+                figure.savefig(held, format="png", metadata={"Software": None})
+                made[name] = held.getvalue()
+        return made
+
+    def _draw_coverage(self, figure: Figure) -> None:
         axes = figure.subplots()
-        for each in self.sets:
-            axes.plot(*zip(*each.curve, strict=True), label=f"{each.about.name} ({each.about.items})")
-        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+        # Of more than ten sets, the colours repeat with another stroke.
+        strokes = ("-", "--", ":", "-.")
+        lines = [
+            axes.plot(*zip(*each.curve, strict=True), color=f"C{n % 10}", linestyle=strokes[n // 10 % 4])[0]
+            for n, each in enumerate(self.sets)
+        ]
         axes.set(xlabel="share of the items", ylabel="share of the set's features", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(fontsize="small")
-        return figure
+        labels = [f"{each.about.name} ({each.about.items})" for each in self.sets]
+        figure.legend(lines, labels, loc="outside right upper", fontsize="small", ncols=1 + len(labels) // 25)
 
-    def overlap_plot(self) -> Figure:
-        """A heat map of the size-matched overlaps."""
-        from matplotlib.figure import Figure
-
+    def _draw_overlaps(self, figure: Figure) -> None:
         names, matched = self.overlaps.names, self.overlaps.matched
-        side = 2.5 + 0.6 * len(names)
-        figure = Figure(figsize=(side + 1, side), layout="constrained")
+        most = max(float(np.nan_to_num(matched).max()), 1e-9)
         axes = figure.subplots()
-        picture = axes.imshow(matched, vmin=0, vmax=float(matched.max()), cmap="viridis")
+        picture = axes.imshow(matched, vmin=0, vmax=most, cmap="viridis")
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axes.set_yticks(range(len(names)), names)
         if len(names) <= 16:
-            for row, col in np.ndindex(matched.shape):
-                shade = "white" if matched[row, col] < 0.6 * matched.max() else "black"
+            for row, col in zip(*np.nonzero(np.isfinite(matched)), strict=True):
+                shade = "white" if matched[row, col] < 0.6 * most else "black"
                 axes.text(col, row, f"{matched[row, col]:.2f}", ha="center", va="center", color=shade, fontsize="small")
-        axes.set_title(f"share of the row's features that the column fires, {self.size} items of each")
+        axes.set_title(
+            f"share of the row's features that the column fires, {self.size} items of each", fontsize="medium"
+        )
         figure.colorbar(picture, shrink=0.8)
-        return figure
 
     def __str__(self) -> str:
-        head = ["set", "items", "features", f"in {self.size} items", "redundancy", "mean coverage", "items for 90 %"]
-        rows = [[str(cell) for cell in row] for row in self._rows()]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-        lines.append("\nwhat each next set adds:")
-        lines += [
+        rows = [[str(cell) for cell in row] for row in [self._head(), *self._rows()]]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        parts = ["\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)]
+        parts += [f"{name}: left out {count} rows, the first: {first}" for name, count, first in self._left_out()]
+        lines = [
             f"  {each.name}: {each.adds} features, {each.alone} of them in no other set; {each.covered:.1%} of all so far"
             for each in self.additions
         ]
-        return "\n".join(lines)
+        parts.append("\n".join(["what each next set adds:", *lines]))
+        if self.differences is not None:
+            head = f"{len(self.differences)} features more or less frequent in {self._compared()}:"
+            lines = [
+                f"  {d.feature:>9}  {d.first:6.1%}  {d.second:6.1%}  q {d.q:.2g}" for d in self.differences[:SHOWN]
+            ]
+            parts.append("\n".join([head, *lines]))
+        for each in self.agreements or []:
+            parts.append(f"{each.measure}: Pearson {each.pearson:.2f}, Spearman {each.spearman:.2f} ({each.count})")
+        return "\n\n".join(parts)
+
+    def _head(self) -> list[str]:
+        n = f"{self.size} items"
+        return [
+            *("set", "items", "features", "redundancy", "mean coverage", "items for 90 %"),
+            *(f"features in {n}", f"redundancy in {n}", f"mean coverage in {n}"),
+        ]
 
     def _rows(self) -> list[list[object]]:
         return [
             [
                 each.about.name,
                 each.about.items,
-                each.features,
-                f"{each.matched_features:.0f}",
-                f"{each.redundancy:.3f}",
-                f"{each.mean_coverage:.3f}",
-                each.enough,
+                f"{each.whole.features:.0f}",
+                f"{each.whole.redundancy:.4f}",
+                f"{each.whole.mean_coverage:.3f}",
+                len(each.representative),
+                f"{each.matched.features:.0f}",
+                f"{each.matched.redundancy:.4f}",
+                f"{each.matched.mean_coverage:.3f}",
             ]
             for each in self.sets
         ]
+
+    def _left_out(self) -> list[tuple[str, int, str | None]]:
+        return [(of.name, of.left_out, of.left_out_first) for of in (each.about for each in self.sets) if of.left_out]
+
+    def _compared(self) -> str:
+        return f"{self.sets[0].about.name} than in {self.sets[1].about.name}"
 
     def _page(self, pictures: dict[str, bytes]) -> str:
         def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -168,18 +226,12 @@ class Study:
         parts = [
             f"<h1>{len(self.sets)} sets through the features of layer {about.layer}</h1>",
             f"<p>{escape(about.suite)} on {escape(about.model)}; a feature counts where it fires at "
-            f"{'the last token' if about.position == 'last' else 'any token'} of an item.</p>",
-            table(
-                [
-                    "set",
-                    "items",
-                    "features",
-                    f"features in {self.size} items",
-                    "redundancy",
-                    "mean coverage",
-                    "items for 90 %",
-                ],
-                self._rows(),
+            f"{'the last token' if about.position == 'last' else 'any token'} of an item. Footprints, coverage and redundancy "
+            "grow with the number of items: compare sets by the figures for one number of items.</p>",
+            table(self._head(), self._rows()),
+            *(
+                f"<p>{escape(f'{name}: left out {n} rows, the first: {first}')}</p>"
+                for name, n, first in self._left_out()
             ),
             picture("coverage", "coverage curves"),
             picture("overlaps", "size-matched overlaps"),
@@ -188,6 +240,24 @@ class Study:
                 ["set", "new features", "in no other set", "covered so far"],
                 [[a.name, a.adds, a.alone, f"{a.covered:.1%}"] for a in self.additions],
             ),
+        ]
+        if self.differences is not None:
+            parts += [
+                f"<h2>More or less frequent in {escape(self._compared())}</h2>",
+                table(
+                    ["feature", "share of the first", "share of the second", "q"],
+                    [[d.feature, f"{d.first:.1%}", f"{d.second:.1%}", f"{d.q:.2g}"] for d in self.differences],
+                ),
+            ]
+        if self.agreements is not None:
+            parts += [
+                "<h2>Agreement with models' scores</h2>",
+                table(
+                    ["measure", "Pearson", "Spearman", "sets or pairs"],
+                    [[a.measure, f"{a.pearson:.2f}", f"{a.spearman:.2f}", a.count] for a in self.agreements],
+                ),
+            ]
+        parts += [
             "<h2>Overlaps</h2>",
             table(["row", "column", "|row n column| / |row|", "/ the smaller", f"of {self.size} items each"], between),
         ]
@@ -205,39 +275,61 @@ td:first-child,th:first-child{{text-align:left}}img{{max-width:100%;background:#
 """
 
 
-def study(footprints: Sequence[Footprint], *, resamples: int = 100, seed: int = 0) -> Study:
+def study(
+    footprints: Sequence[Footprint],
+    *,
+    resamples: int = 100,
+    scores: Mapping[str, Shaped[np.ndarray, "models _"]] | None = None,
+    general: str | None = None,
+    seed: int = 0,
+) -> Study:
     """All that footprints tell of some sets.
 
     Args:
-        footprints: of one SAE and position.
+        footprints: of one SAE and position; of exactly two sets, their features are compared one by one too.
         resamples: half-samples that the intervals of overlaps rest on; 0 for none.
-        seed: of the half-samples.
+        scores: of a panel of models, by the set's name; see `qwen_scope.data.panel.agreements`.
+        general: the set of general ability among them; see the same.
+        seed: of everything random.
 
     Raises:
-        QwenScopeError: footprints that cannot be compared.
+        QwenScopeError: footprints that cannot be compared, or scores that do not belong to them.
     """
     check_comparable(footprints)
-    smallest = min(len(footprint) for footprint in footprints)
-    # Intervals need halves of the sets to hold the subsets.
+    smallest = min(map(len, footprints))
+    # Twice the subset must fit into a set for the diagonal and for the intervals.
     size = max(1, smallest // 2)
-    shared = overlaps(footprints, size=size, resamples=resamples if smallest > 1 else 0, seed=seed)
-    sets = []
-    for footprint in footprints:
-        fired, items = footprint.fired, len(footprint)
-        found = redundancy(fired)
-        sizes = np.unique(np.linspace(0, items, min(items, 100) + 1).round().astype(np.int64))
-        curve = coverage(fired.counts, items, sizes)
-        matched = float(coverage(fired.counts, items, np.array([size]))[0]) * found.features
-        _, shares = representative(fired, items)
-        sets.append(
-            SetFigures(
-                about=footprint.about,
-                features=found.features,
-                redundancy=found.redundancy,
-                mean_coverage=found.mean_coverage,
-                matched_features=matched,
-                enough=int((shares < ENOUGH).sum()) + 1,
-                curve=[(round(n / items, 4), round(float(c), 4)) for n, c in zip(sizes, curve, strict=True)],
-            )
-        )
-    return Study(sets, size, shared, additions(footprints))
+    return Study(
+        sets=[_figures(footprint, size) for footprint in footprints],
+        size=size,
+        overlaps=overlaps(footprints, size=size, resamples=resamples if smallest > 1 else 0, seed=seed),
+        additions=additions(footprints),
+        differences=differences(*footprints) if len(footprints) == 2 else None,
+        agreements=None if scores is None else agreements(footprints, scores, general=general, seed=seed),
+    )
+
+
+def _figures(footprint: Footprint, size: int) -> SetFigures:
+    fired, items = footprint.fired, len(footprint)
+    sizes = np.unique(np.linspace(0, items, min(items, 100) + 1).round().astype(np.int64))
+    curve = coverage(fired.counts, items, sizes)
+    chosen, shares = representative(fired, items)
+    enough = chosen[: int((shares < ENOUGH).sum()) + 1]
+    return SetFigures(
+        about=footprint.about,
+        whole=redundancy(fired),
+        matched=redundancy(fired, size),
+        representative=[footprint.places[item] for item in enough],
+        curve=[(round(n / items, 4), round(float(c), 4)) for n, c in zip(sizes, curve, strict=True)],
+    )
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in values.items()}
+
+
+def _plain(matrix: np.ndarray | None) -> list[list[float | None]] | None:
+    """Rows for JSON, which has no word for NaN."""
+    if matrix is None:
+        return None
+    return [[None if np.isnan(value) else round(float(value), 4) for value in row] for row in matrix]
