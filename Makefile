@@ -24,6 +24,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/load.py --folder build
 	$(BIN)/python benchmarks/harvest.py --folder build
 	$(BIN)/python benchmarks/index.py
+	$(BIN)/python benchmarks/classify.py --folder build
+	$(BIN)/python benchmarks/footprints.py --folder build
 	$(BIN)/python benchmarks/table.py
 
 docs: $(VENV)/.installed-dev
@@ -41,9 +43,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer as $(PYTHON), found " + sys.version.split()[0] + "; run make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,index,server,evidence]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,index,server,data,evidence]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,index,server,evidence,ray,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,index,server,data,evidence,ray,dev]'
 	touch $@

@@ -97,6 +97,30 @@ def open_index(folder: Path | None) -> "FeatureIndex":
     return FeatureIndex.open(folder)
 
 
+def index_of(source: Source, scope: "Scope", folder: Path | None) -> "FeatureIndex | None":
+    """The index in a folder, or the one that comes with the package where its suite is read; None where there is none of it.
+
+    Raises:
+        QwenScopeError: no index there, or one of another suite.
+    """
+    if folder is None and source.suite is not None:
+        return None
+    from qwen_scope.fingerprint import fingerprint
+    from qwen_scope.suite import Suite
+
+    index = open_index(folder)
+    # An index is told by all of its layers, also where some of them alone are read.
+    suite = Suite.from_pretrained(source.suite, k=source.k) if source.layers else scope.suite
+    if set(index.layers) <= set(suite.layers) and fingerprint(suite, index.layers) == index.about.fingerprint:
+        return index
+    if folder is not None:
+        raise QwenScopeError(
+            f"expected an index of {suite.name}, found {folder}, which is of {index.about.suite} or of other weights; name its "
+            "suite"
+        )
+    return None
+
+
 def names_of(scope: "Scope") -> dict[str, Any]:
     """What a reader of the JSON needs to know about where features come from."""
     suite = scope.suite

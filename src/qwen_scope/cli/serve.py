@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from qwen_scope.cli.common import Index, Source, open_index
+from qwen_scope.cli.common import Index, Source, index_of
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.server.config import ServerConfig
 
@@ -55,26 +55,8 @@ class Serve:
             serve(scope, index, self.config, listener, started)
 
     def _index(self, scope: "Scope") -> "FeatureIndex | None":
-        """The index of the suite that is served; its highest activations are what strengths are counted in.
-
-        Raises:
-            QwenScopeError: an index that was asked for is of another suite.
-        """
-        if self.index is None and self.source.suite is not None:
-            return None
-        from qwen_scope.fingerprint import fingerprint
-        from qwen_scope.suite import Suite
-
-        index = open_index(self.index)
-        # An index is told by all of its layers, also where some of them alone are served.
-        suite = Suite.from_pretrained(self.source.suite, k=self.source.k) if self.source.layers else scope.suite
-        if set(index.layers) <= set(suite.layers) and fingerprint(suite, index.layers) == index.about.fingerprint:
-            if set(scope.layers) <= set(index.layers):
-                scope.maxima = index.maxima
-            return index
-        if self.index is not None:
-            raise QwenScopeError(
-                f"expected an index of {suite.name}, found {self.index}, which is of {index.about.suite} or of other weights; "
-                "name its suite"
-            )
-        return None
+        """The index of the suite that is served; its highest activations are what strengths are counted in."""
+        index = index_of(self.source, scope, self.index)
+        if index is not None and set(scope.layers) <= set(index.layers):
+            scope.maxima = index.maxima
+        return index

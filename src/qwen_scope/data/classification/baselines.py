@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -13,6 +14,8 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+MANY = 100
+"""With more texts than this, words that only one has do not count."""
 STRENGTHS = np.geomspace(1e-3, 1e2, 8)
 """Inverse strengths of regularisation that cross-validation chooses from."""
 
@@ -36,15 +39,16 @@ class Seen:
 
 
 Method = Callable[[Seen, ndarray, Seen], ndarray]
-"""Learns from texts and their classes (1 positive, 0 negative), and scores others: above 0 is positive."""
+"""Learns from texts and their classes (1 positive, 0 negative; two texts of each at least), and scores others: above 0 is
+positive."""
 
 
 def bag_of_words(train: Seen, positive: ndarray, test: Seen) -> ndarray:
-    """Logistic regression on tf-idf of words and pairs of words; characters where a language has no spaces."""
+    """Logistic regression on tf-idf of words and pairs of words."""
     vectors = TfidfVectorizer(
-        sublinear_tf=True, ngram_range=(1, 2), min_df=2 if len(positive) > 100 else 1, max_features=50_000
+        sublinear_tf=True, ngram_range=(1, 2), min_df=2 if len(positive) > MANY else 1, max_features=50_000
     )
-    model = make_pipeline(vectors, _chosen())
+    model = make_pipeline(vectors, _logistic(positive))
     return model.fit(train.words, positive).decision_function(test.words)
 
 
@@ -62,7 +66,7 @@ def difference_of_means(train: Seen, positive: ndarray, test: Seen) -> ndarray:
 
 def residual_probe(train: Seen, positive: ndarray, test: Seen) -> ndarray:
     """Logistic regression on the mean residual."""
-    model = make_pipeline(StandardScaler(), _chosen())
+    model = make_pipeline(StandardScaler(), _logistic(positive))
     return model.fit(train.residual, positive).decision_function(test.residual)
 
 
@@ -72,27 +76,16 @@ def sparse_features(train: Seen, positive: ndarray, test: Seen) -> ndarray:
     fires = np.flatnonzero(np.asarray((train.features != 0).sum(0)).ravel() >= 2)
     scales = np.maximum(np.asarray(train.features[:, fires].max(0).todense()).ravel(), 1e-12)
     unscale = sparse.diags(1 / scales)
-    model = LogisticRegressionCV(
-        Cs=np.geomspace(0.1, 100, 5),
-        l1_ratios=(1.0,),
-        solver="liblinear",
-        cv=_folds(positive),
-        scoring="neg_log_loss",
-        random_state=0,
-        use_legacy_attributes=False,
-    )
+    model = _logistic(positive, Cs=np.geomspace(0.1, 100, 5), l1_ratios=(1.0,), solver="liblinear", random_state=0)
     model.fit(train.features[:, fires] @ unscale, positive)
     return model.decision_function(test.features[:, fires] @ unscale)
 
 
-def _chosen() -> LogisticRegressionCV:
-    return LogisticRegressionCV(
-        Cs=STRENGTHS, l1_ratios=(0.0,), cv=4, scoring="neg_log_loss", max_iter=2000, use_legacy_attributes=False
-    )
-
-
-def _folds(positive: ndarray) -> int:
-    return max(2, min(4, int(np.bincount(positive, minlength=2).min())))
+def _logistic(positive: ndarray, **options: Any) -> LogisticRegressionCV:
+    """Logistic regression whose regularisation is chosen by likelihood on texts held out, which few texts do not break."""
+    folds = min(4, int(np.bincount(positive, minlength=2).min()))
+    given = {"Cs": STRENGTHS, "l1_ratios": (0.0,), "max_iter": 2000, **options}
+    return LogisticRegressionCV(cv=folds, scoring="neg_log_loss", use_legacy_attributes=False, **given)
 
 
 BASELINES: dict[str, Method] = {

@@ -1,29 +1,34 @@
-"""`Rule`: a learnt rule as a small file that names its features, explains its decisions, and runs over a corpus."""
+"""`Rule`: a learnt rule as a small file that names its features, decides, and explains its decisions."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
+from jaxtyping import Float
+from numpy import ndarray
 
 from qwen_scope.corpus import Document
-from qwen_scope.data.fired import read
+from qwen_scope.data.classification.peaks import peaks
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.feature_name import parse_feature
 from qwen_scope.files import expanded, replacing
 from qwen_scope.fingerprint import fingerprint
-from qwen_scope.outliers import norm_outliers
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
 
 FORMAT = "qwen-scope rule 1"
 MOST_BYTES = 2**24
+"""A larger file is no rule of ours."""
+AROUND = 8
+"""Tokens shown before a token that decides, and half as many after it."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +60,50 @@ class Decision:
     score: float
     """Above 0 for positive ones: the sum of what the terms add, with the intercept, less the threshold."""
     fired: list[str]
-    """The features of the rule that fire, the largest share first."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
+    """The features of the rule that fire, those that add or take away most first."""
 
 
 @dataclass(frozen=True)
 class Reason:
     """What one token contributes to a decision."""
 
-    position: int
-    """Which token, from 0."""
-    token: str
-    """Its text."""
     feature: str
-    """A feature of the rule whose highest value in the text is at this token."""
+    """A feature of the rule that fires."""
+    position: int
+    """The token at which it is highest, from 0."""
+    token: str
+    """That token."""
+    around: str
+    """The text around it, the token between » and «."""
     value: float
-    """That value."""
+    """The feature's value there."""
     adds: float
-    """What it adds to the score."""
+    """What that adds to the score."""
+    label: str | None
+    """What the feature is about, if an index said so."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a rule decides as it does: `decision.score` is `rest` and what all reasons add."""
+
+    label: str
+    """The label of the positive class."""
+    decision: Decision
+    """What the rule says."""
+    rest: float
+    """The score of a text that fires no feature of the rule."""
+    reasons: list[Reason]
+    """Feature by feature, those that add or take away most first."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        from qwen_scope.data.classification.rule_text import explanation_text
+
+        return explanation_text(self)
 
 
 @dataclass(frozen=True)
@@ -100,71 +128,88 @@ class Rule:
     """By layer, a hash of the SAE's weights."""
     learnt_from: dict[str, int]
     """Texts of each label it was learnt from."""
-    scores: dict[str, float] = field(default_factory=dict)
-    """Its scores on test texts, if there were any."""
+    tested_on: dict[str, int] = field(default_factory=dict)
+    """Texts of each label it was tested on."""
+    scores: dict[str, float | None] = field(default_factory=dict)
+    """Its scores on those, see `qwen_scope.data.classification.scores.Scores`."""
+
+    @property
+    def features(self) -> list[tuple[int, int]]:
+        """Layer and number of each term's feature."""
+        return [parse_feature(term.feature) for term in self.terms]
 
     @property
     def layers(self) -> list[int]:
         """The layers it reads."""
-        return sorted({parse_feature(term.feature)[0] for term in self.terms})
+        return sorted({layer for layer, _ in self.features})
 
-    def decide(self, scope: Scope, texts: Sequence[Document]) -> list[Decision]:
-        """What it says of some texts, each read whole.
+    @property
+    def digest(self) -> str:
+        """A hash of all that decides: rules with the same decide the same."""
+        terms = [(term.feature, term.weight, term.scale) for term in self.terms]
+        what = [self.kind, self.positive, terms, self.intercept, self.threshold, sorted(self.fingerprints.items())]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+    def decide(
+        self, scope: Scope, texts: Sequence[Document], *, told: Callable[[int], object] = lambda tokens: None
+    ) -> list[Decision]:
+        """What it says of some texts.
+
+        Args:
+            told: is called after each pass of the model with the number of its tokens.
 
         Raises:
             QwenScopeError: other SAEs than it was learnt with, or texts that cannot be read.
         """
         self.check(scope)
-        found = read(scope, texts, self.layers, "any", progress=False)
-        values = np.zeros((len(texts), len(self.terms)))
-        for at, term in enumerate(self.terms):
-            layer, number = parse_feature(term.feature)
-            of = found.fired[layer]
-            here = np.flatnonzero(of.features == number)
-            values[of.items[here], at] = of.values[here]
-        added = self._added(values)
-        totals = added.sum(1) + self.intercept - self.threshold
-        decisions = []
-        for row, total in zip(added, totals, strict=True):
-            order = [at for at in np.argsort(-np.abs(row), kind="stable") if row[at]]
-            decisions.append(Decision(bool(total > 0), float(total), [self.terms[at].feature for at in order]))
-        return decisions
+        return self.decisions(peaks(scope, texts, self.features, told=told).values)
 
-    def explain(self, scope: Scope, text: Document) -> tuple[Decision, list[Reason]]:
-        """What it says of a text, and the token at which each feature that fires does so most, the largest share first.
+    def explain(self, scope: Scope, text: Document) -> Explanation:
+        """What it says of a text, and the token that decides it for each feature that fires.
 
         Raises:
             QwenScopeError: other SAEs than it was learnt with, or a text that cannot be read.
         """
-        (decision,) = self.decide(scope, [text])
-        features = scope.features(text, layers=self.layers)
-        kept = _kept_tokens(scope, features.ids, self.layers)
-        reasons = []
-        for term in self.terms:
-            layer, number = parse_feature(term.feature)
-            values = features[layer].activation(number).cpu().clamp_min(0) * kept[layer]
-            at = int(values.argmax())
-            if values[at] > 0:
-                adds = float(
-                    self._added(
-                        np.where(np.arange(len(self.terms)) == self.terms.index(term), float(values[at]), 0.0)[None]
-                    ).sum()
-                )
-                reasons.append(Reason(at, features.tokens[at], term.feature, float(values[at]), adds))
-        return decision, sorted(reasons, key=lambda reason: -abs(reason.adds))
+        self.check(scope)
+        found = peaks(scope, [text], self.features)
+        (decision,) = self.decisions(found.values)
+        added, ids = self.added(found.values)[0], found.ids[0]
 
-    def stream(
-        self, scope: Scope, documents: Iterable[Document], *, at_once: int = 256
-    ) -> Iterator[tuple[Document, Decision]]:
-        """The same as `decide` for as many documents as there are, some at a time."""
-        waiting: list[Document] = []
-        for document in documents:
-            waiting.append(document)
-            if len(waiting) == at_once:
-                yield from zip(waiting, self.decide(scope, waiting), strict=True)
-                waiting = []
-        if waiting:
-            yield from zip(waiting, self.decide(scope, waiting), strict=True)
+        def decoded(tokens: list[int]) -> str:
+            assert scope.backbone.tokenizer is not None  # or nothing could have been read
+            return str(scope.backbone.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+        reasons = []
+        for term, value, at, adds in zip(self.terms, found.values[0], found.tokens[0].tolist(), added, strict=True):
+            if at < 0:
+                continue
+            token = decoded([ids[at]])
+            around = f"{decoded(ids[max(0, at - AROUND) : at])}»{token}«{decoded(ids[at + 1 : at + 1 + AROUND // 2])}"
+            reasons.append(Reason(term.feature, at, token, around, float(value), float(adds), term.label))
+        reasons.sort(key=lambda reason: -abs(reason.adds))
+        return Explanation(self.positive, decision, self.intercept - self.threshold, reasons)
+
+    def decisions(self, values: Float[ndarray, "texts terms"]) -> list[Decision]:
+        """What it says of texts whose features reach these values."""
+        added = self.added(values)
+        totals = self.totals(values)
+        decisions = []
+        for row, fires, total in zip(added, values > 0, totals.tolist(), strict=True):
+            order = [at for at in np.argsort(-np.abs(row), kind="stable") if fires[at]]
+            decisions.append(Decision(total > 0, total, [self.terms[at].feature for at in order]))
+        return decisions
+
+    def totals(self, values: Float[ndarray, "texts terms"]) -> Float[ndarray, " texts"]:
+        """The score of texts whose features reach these values."""
+        return self.added(values).sum(1) + self.intercept - self.threshold
+
+    def added(self, values: Float[ndarray, "texts terms"]) -> Float[ndarray, "texts terms"]:
+        """What each term adds."""
+        weights = np.array([term.weight for term in self.terms])
+        if self.kind == "or":
+            return (values > 0) * weights
+        scales = np.array([term.scale for term in self.terms])
+        return np.sqrt(np.clip(values / scales, 0, 1)) * weights
 
     def check(self, scope: Scope) -> None:
         """Raises a QwenScopeError unless the scope has the SAEs that the rule was learnt with."""
@@ -175,17 +220,14 @@ class Rule:
                     "others or without it; use that suite"
                 )
 
-    def _added(self, values: np.ndarray) -> np.ndarray:
-        weights = np.array([term.weight for term in self.terms])
-        if self.kind == "or":
-            return (values > 0) * weights
-        scales = np.array([term.scale for term in self.terms])
-        return np.sqrt(np.clip(values / scales, 0, 1)) * weights
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON."""
+        return asdict(self)
 
     def save(self, path: str | Path) -> None:
         """Writes it as JSON, atomically."""
         with replacing(expanded(path)) as temporary:
-            text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False)
+            text = json.dumps({"format": FORMAT, **self.to_dict()}, indent=2, ensure_ascii=False, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
@@ -193,7 +235,7 @@ class Rule:
         """Reads what `save` wrote.
 
         Raises:
-            QwenScopeError: no such file, or another kind.
+            QwenScopeError: no such file, another kind, or a damaged one.
         """
         place = expanded(path)
         try:
@@ -203,30 +245,48 @@ class Rule:
             raise QwenScopeError(
                 f"expected a rule at {place}, found none ({error.strerror}); check the path"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise QwenScopeError(f"expected a rule at {place}, found no JSON ({error}); check the path") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise QwenScopeError(
-                f"expected a rule at {place}, found another file; learn one with `qwen-scope classify-fit`"
+                f"expected a rule at {place}, found another file; learn one with `qwen-scope classify fit`"
             )
         try:
-            names = {each.name for each in fields(Rule)}
-            if set(content) - names:
-                raise TypeError(f"an unknown {sorted(set(content) - names)[0]}")
-            rule = Rule(**{**content, "terms": [Term(**term) for term in content["terms"]]})
-            for term in rule.terms:
-                parse_feature(term.feature)
-                float(term.weight), float(term.scale)
-        except (KeyError, TypeError, ValueError) as error:
+            return _rule(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise QwenScopeError(f"expected a whole rule in {place}, found {error}; learn it again") from error
-        return rule
+
+    def __str__(self) -> str:
+        from qwen_scope.data.classification.rule_text import rule_text
+
+        return rule_text(self)
 
 
-def _kept_tokens(scope: Scope, ids: list[int], layers: list[int]) -> dict[int, torch.Tensor]:
-    """1 at tokens that rules look at, 0 at position 0 and norm outliers, by layer."""
-    residuals = scope.backbone.residuals(torch.tensor([ids]), layers=layers)
-    kept = {}
-    for layer, x in residuals.items():
-        kept[layer] = (~norm_outliers(x[0])).float().cpu()
-        kept[layer][0] = 0
-    return kept
+def _rule(content: dict[str, Any]) -> Rule:
+    """The rule that the content of a file is; raises whatever comes up if it is none."""
+    for kind, found in ((Rule, content), *((Term, term) for term in content["terms"])):
+        if unknown := set(found) - {each.name for each in fields(kind)}:
+            raise ValueError(f"an unknown {min(unknown)}")
+    rule = Rule(**{**content, "terms": [Term(**term) for term in content["terms"]]})
+    if rule.kind not in ("or", "sparse"):
+        raise ValueError(f"the kind {rule.kind!r}")
+    numbers = [rule.intercept, rule.threshold]
+    for term in rule.terms:
+        parse_feature(term.feature)
+        numbers += [term.weight, term.scale, term.positive_rate, term.negative_rate]
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise ValueError("a number missing")
+    if not rule.terms or len(set(rule.features)) < len(rule.terms) or min(term.scale for term in rule.terms) <= 0:
+        raise ValueError("no features, one twice, or one without a scale")
+    counts = [*rule.learnt_from.values(), *rule.tested_on.values()]
+    if not all(type(count) is int for count in counts):
+        raise ValueError("a count of texts that is none")
+    if not all(value is None or type(value) in (int, float) for value in rule.scores.values()):
+        raise ValueError("a score that is no number")
+    words = [rule.positive, rule.model, rule.suite, *rule.fingerprints.values()]
+    words += [word for term in rule.terms for word in (term.label or "", *term.examples)]
+    if not all(isinstance(word, str) for word in words):
+        raise ValueError("a text missing")
+    if sorted(map(str, rule.layers)) != sorted(rule.fingerprints):
+        raise ValueError("other fingerprints than of its layers")
+    return rule

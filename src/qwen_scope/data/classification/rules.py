@@ -6,6 +6,8 @@ fires (`qwen_scope.data.classification.matrix` makes it). y has two classes; the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,15 +78,18 @@ class OrRule(_Binary):
     Args:
         k: how many features.
         eps: a feature fires where its value is above this.
+        widths: how many columns each layer has, where X holds several side by side: then the rule takes the best feature of
+            each of the k layers whose best ones differ most, as the report does with several layers.
 
     Attributes:
         features_: columns of the features, the largest difference first.
         differences_: Delta_f of each of them.
     """
 
-    def __init__(self, k: int = 5, eps: float = 0.0):
+    def __init__(self, k: int = 5, eps: float = 0.0, widths: Sequence[int] | None = None):
         self.k = k
         self.eps = eps
+        self.widths = widths
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -95,7 +100,15 @@ class OrRule(_Binary):
         """Chooses the features."""
         X, positive = self._fitting(X, y)
         delta = rate_differences(X, positive, self.eps)
-        self.features_ = np.argsort(-delta, kind="stable")[: self.k]
+        candidates = np.arange(len(delta))
+        if self.widths is not None:
+            if sum(self.widths) != len(delta):
+                raise QwenScopeError(
+                    f"expected widths that sum to the {len(delta)} columns of X, found {list(self.widths)}; name each layer's"
+                )
+            starts = np.cumsum([0, *self.widths])
+            candidates = np.array([a + int(delta[a:b].argmax()) for a, b in pairwise(starts)])
+        self.features_ = candidates[np.argsort(-delta[candidates], kind="stable")][: self.k]
         self.differences_ = delta[self.features_]
         return self
 

@@ -9,6 +9,7 @@ from numpy import ndarray
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 LENGTH_BINS = 10
+"""Bins of length, each of about as many texts."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,11 @@ class Scores:
     """Probability that a positive text scores higher than a negative one, ties a half."""
     average_precision: float
     """Mean precision over the recall curve."""
-    f1_length_matched: float
-    """F1 with texts weighted so that both classes have the same lengths, see `length_weights`; NaN where no length is of both."""
+    f1_length_matched: float | None
+    """F1 with texts weighted so that both classes have the same lengths, see `length_weights`; None where no length is of both.
+    The classes weigh the same then, so compare it between methods, not with `f1`."""
+    auc_length_matched: float | None
+    """The same of `auc`, which does not depend on how many texts each class has: what it falls by is owed to length."""
 
 
 def scores(positive: ndarray, scored: ndarray, lengths: ndarray, *, resamples: int = 1000, seed: int = 0) -> Scores:
@@ -63,8 +67,14 @@ def scores(positive: ndarray, scored: ndarray, lengths: ndarray, *, resamples: i
         recall=float(hits / max(hits + missed, 1)),
         auc=float(roc_auc_score(positive, scored)),
         average_precision=float(average_precision_score(positive, scored)),
-        f1_length_matched=_f1(*_counts(positive, called, weights)) if weights.any() else float("nan"),
+        f1_length_matched=_f1(*_counts(positive, called, weights)) if weights.any() else None,
+        auc_length_matched=float(roc_auc_score(positive, scored, sample_weight=weights)) if weights.any() else None,
     )
+
+
+def f1(positive: ndarray, scored: ndarray) -> float:
+    """F1 alone: of texts that are positive where `positive` is 1 and called so where `scored` is above 0."""
+    return _f1(*_counts(positive, scored > 0, np.ones(len(positive))))
 
 
 def length_weights(positive: ndarray, lengths: ndarray) -> ndarray:
