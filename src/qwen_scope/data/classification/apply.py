@@ -185,10 +185,10 @@ class _Rows:
             self.end += len(line)
             try:
                 row = json.loads(line)
-                same = (row["place"], row["rule"]) == (place, self.digest) and row["positive"] in (True, False, None)
+                ours = (row["place"], row["rule"]) == (place, self.digest) and row["positive"] in (True, False, None)
             except (ValueError, KeyError, TypeError):
-                same = False
-            if not same:
+                row, ours = {}, False
+            if not ours:
                 raise self._other(f"another row where {place} should be")
             found.append(row)
         return found

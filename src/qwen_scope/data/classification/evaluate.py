@@ -161,7 +161,7 @@ def evaluate_sets(sets: Sets, positive: str, *, most: int = 20, seed: int = 0) -
             outcomes.append(
                 Outcome(name, reads, scores(truth, scored, read[1].lengths, seed=seed), _curve(truth, scored))
             )
-    sizes_there = [k for k in SWEPT_SIZES if k <= seen[0].features.shape[1]]
+    sizes_there = [k for k in SWEPT_SIZES if k <= sets.train_read.fired[layer].d_sae]
     return Evaluation(
         positive=positive,
         train=sizes(sets.train),

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 def matrix(fired: Sequence[Fired]) -> sparse.csr_matrix:
     """A row for each text, a column for each feature, the layers side by side: the highest value of each feature."""
-    return sparse.hstack(
-        [sparse.csr_matrix((of.values, of.features, of.starts), shape=(len(of), of.d_sae)) for of in fired],
-        format="csr",
-    )
+    parts = [sparse.csr_matrix((of.values, of.features, of.starts), shape=(len(of), of.d_sae)) for of in fired]
+    return sparse.csr_matrix(sparse.hstack(parts, format="csr"))
 
 
 class FeatureEncoder(TransformerMixin, BaseEstimator):

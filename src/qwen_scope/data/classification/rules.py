@@ -6,6 +6,7 @@ fires (`qwen_scope.data.classification.matrix` makes it). y has two classes; the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from numpy import ndarray
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve
 from sklearn.model_selection import StratifiedKFold
@@ -204,7 +206,11 @@ def _paths(X: sparse.csr_matrix, positive: ndarray, sizes: list[int]) -> list[nd
     inputs = shares(X[:, candidates], scales)
     order: list[int] = []
     for strength in np.geomspace(0.003, 30, 13):
-        model = LogisticRegression(l1_ratio=1, C=strength, solver="liblinear", random_state=0).fit(inputs, positive)
+        model = LogisticRegression(l1_ratio=1, C=strength, solver="liblinear", random_state=0)
+        with warnings.catch_warnings():
+            # Which features come first needs no last digits.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(inputs, positive)
         weights = np.abs(model.coef_[0])
         fresh = [at for at in np.argsort(-weights, kind="stable") if weights[at] > 0 and at not in order]
         order += fresh
