@@ -435,7 +435,10 @@ def test_an_index_says_what_a_rules_features_are_about(rules, tmp_path):
 # Comparisons
 
 
-def test_an_evaluation_has_every_method_and_counts_as_one_would(scope, tmp_path):
+def test_an_evaluation_has_every_method_and_counts_as_one_would(scope, tmp_path, monkeypatch):
+    module = sys.modules["qwen_scope.data.classification.evaluate"]
+    monkeypatch.setattr(module, "DRAWS", 1)
+    monkeypatch.setattr(module, "FRACTIONS", (0.5, 1.0))
     found = evaluate(scope, TRAIN, TEST, "place", most=4)
     names = [outcome.method for outcome in found.outcomes]
     assert names[: len(BASELINES)] == list(BASELINES)
