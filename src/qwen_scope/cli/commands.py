@@ -13,6 +13,7 @@ import tyro
 
 from qwen_scope.cli.benchmarks import Benchmarks
 from qwen_scope.cli.browse import Pages, Search, Show, Sql
+from qwen_scope.cli.classify import Classify
 from qwen_scope.cli.common import Layers, Source, given_texts, names_of, print_json, quiet_loading
 from qwen_scope.cli.find import Find
 from qwen_scope.cli.harvest import Harvest
@@ -214,6 +215,7 @@ Command = (
     | Annotated[Sql, tyro.conf.subcommand("sql")]
     | Annotated[Find, tyro.conf.subcommand("find")]
     | Annotated[Benchmarks, tyro.conf.subcommand("benchmarks")]
+    | Annotated[Classify, tyro.conf.subcommand("classify")]
     | Annotated[Steer, tyro.conf.subcommand("steer")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Vectors, tyro.conf.subcommand("vectors")]
