@@ -75,7 +75,7 @@ def run(work: Path) -> None:
             Image.open(io.BytesIO(studied.pictures()["overlaps"])).quantize(128).save(PLOT, optimize=True)
     found["model"], found["suite"] = made[0].about.model, made[0].about.suite
     found["planted"] = planted(scope(), paths, {f.name: f for f in footprints(scope, sets, work / "last", layer=LAYER)})
-    RESULT.write_text(json.dumps(rounded(found), indent=1) + "\n", encoding="utf-8")
+    RESULT.write_text(compact(rounded(found)), encoding="utf-8")
 
 
 def figures(studied: Study) -> dict[str, Any]:
@@ -189,6 +189,12 @@ def expectation(a: Fired, of_a: int, b: Fired, of_b: int, held_out: np.ndarray) 
         total += count * float((chance * (MIXED + 1) * times / (times + 1)).sum())
     whole = float(fires.sum())
     return whole, total / whole**2, float(fires[held_out].sum() / whole)
+
+
+def compact(found: dict[str, Any]) -> str:
+    """JSON with a list of numbers on one line."""
+    text = json.dumps(found, indent=1)
+    return re.sub(r"\[\s+([-+.,\de\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
 
 def rounded(value: Any) -> Any:
