@@ -27,6 +27,21 @@ _POLL = 0.2  # seconds after which a Ctrl-C is looked for
 _THOUGHTS = re.compile(r"\A.*</think>|<think>.*", re.DOTALL)
 
 
+class Answer(str):
+    """An answer in text, which knows what it took."""
+
+    read: int
+    """Tokens of its question, as the endpoint counts them; 0 if it does not."""
+    written: int
+    """Tokens of the answer, thoughts included, as the endpoint counts them."""
+
+    def __new__(cls, text: str, read: int = 0, written: int = 0) -> Answer:
+        """A text with its counts."""
+        answer = super().__new__(cls, text)
+        answer.read, answer.written = read, written
+        return answer
+
+
 class EndpointError(QwenScopeError):
     """An endpoint gave no usable answer."""
 
@@ -50,6 +65,7 @@ class Endpoint:
         retries: attempts after the first.
         concurrency: questions that are on their way at once.
         answer_tokens: most tokens of an answer, thoughts included.
+        temperature: 0 asks for the most likely answer, so that the same question has the same one.
 
     Raises:
         QwenScopeError: no such address or variable, a number out of range, or the package openai is not installed.
@@ -65,6 +81,7 @@ class Endpoint:
         retries: int = 4,
         concurrency: int = 4,
         answer_tokens: int = 256,
+        temperature: float = 0,
     ):
         if not _is_address(address):
             raise QwenScopeError(
@@ -85,6 +102,7 @@ class Endpoint:
             ("retries", retries, 0),
             ("concurrency", concurrency, 1),
             ("answer_tokens", answer_tokens, 1),
+            ("temperature", temperature, 0),
         ):
             if not least <= value < float("inf"):
                 raise QwenScopeError(f"expected {name} of at least {least}, found {value}; choose a larger number")
@@ -115,8 +133,8 @@ class Endpoint:
                 f"expected a key of ASCII characters without blanks in the environment variable {key_variable}, found others; "
                 "export it again"
             )
-        # The same question should have the same answer.
-        self._options: dict[str, Any] = {"temperature": 0, "max_tokens": answer_tokens}
+        self._options: dict[str, Any] = {"temperature": temperature, "max_tokens": answer_tokens}
+        self._seeded = True
 
     def ask(self, *turns: str) -> str:
         """The answer to one question, or to the last turn of a talk: a user's and the model's turns, one after the other.
@@ -133,10 +151,11 @@ class Endpoint:
     def ask_all(
         self,
         questions: Iterable[tuple[Key, Sequence[str]]],
-        take: Callable[[Key, str], None],
+        take: Callable[[Key, Answer], None],
         *,
         total: int,
         doing: str | None = None,
+        seeds: Callable[[Key], int] | None = None,
     ) -> dict[Key, EndpointError]:
         """Asks questions and hands each answer to `take(key, answer)` in this thread as soon as it is there.
 
@@ -148,6 +167,7 @@ class Endpoint:
             take: may raise `EndpointError` if the answer makes no sense.
             total: how many questions there are, for the progress bar.
             doing: what the bar says; no bar without.
+            seeds: the seed sent with each question, for endpoints that draw their answers; none is sent without.
 
         Returns:
             What went wrong with those that have no usable answer.
@@ -159,7 +179,7 @@ class Endpoint:
         failures: dict[Key, EndpointError] = {}
         if total == 0:
             return failures
-        waiting: dict[Future[str], Key] = {}
+        waiting: dict[Future[Answer], Key] = {}
         in_a_row, last = 0, None
         client = self._client()
         bar = tqdm(total=total, desc=doing, unit="answer", disable=doing is None)
@@ -186,7 +206,7 @@ class Endpoint:
 
             try:
                 for key, turns in questions:
-                    waiting[loop.start(self._answer(client, turns))] = key
+                    waiting[loop.start(self._answer(client, turns, seeds(key) if seeds else None))] = key
                     while len(waiting) >= self.concurrency:
                         hand_over()
                     if stop.asked or last:
@@ -227,7 +247,7 @@ class Endpoint:
             http_client=Bounded(),
         )
 
-    async def _answer(self, client: AsyncOpenAI, turns: Sequence[str]) -> str:
+    async def _answer(self, client: AsyncOpenAI, turns: Sequence[str], seed: int | None) -> Answer:
         """One answer, without the thoughts before it.
 
         Raises:
@@ -235,7 +255,7 @@ class Endpoint:
         """
         openai, _ = _packages()
         try:
-            completion = await self._completion(client, turns)
+            completion = await self._completion(client, turns, seed)
         except openai.APIResponseValidationError as error:
             raise self._nonsense(reason(error)) from error
         except openai.OpenAIError as error:
@@ -246,8 +266,9 @@ class Endpoint:
             text, cut = completion.choices[0].message.content, completion.choices[0].finish_reason == "length"
         except (AttributeError, LookupError, TypeError):
             raise self._nonsense(repr(completion)) from None
-        self.tokens_read += _count(completion.usage, "prompt_tokens")
-        self.tokens_written += _count(completion.usage, "completion_tokens")
+        read, written = (_count(completion.usage, name) for name in ("prompt_tokens", "completion_tokens"))
+        self.tokens_read += read
+        self.tokens_written += written
         if not isinstance(text, str | None):
             raise self._nonsense(repr(text))
         text = _THOUGHTS.sub("", text or "").strip()
@@ -258,21 +279,22 @@ class Endpoint:
             )
         if not text:
             raise self._nonsense("an empty one")
-        return text
+        return Answer(text, read, written)
 
-    async def _completion(self, client: AsyncOpenAI, turns: Sequence[str]) -> Any:
+    async def _completion(self, client: AsyncOpenAI, turns: Sequence[str], seed: int | None) -> Any:
         """The endpoint's whole answer. Options that it refuses are left out, or get their newer name, from then on."""
         openai, _ = _packages()
         messages: Any = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
         while True:
-            options = self._options
+            options = self._options if seed is None or not self._seeded else {**self._options, "seed": seed}
             try:
                 return await client.chat.completions.create(model=self.model, messages=messages, **options)
             except openai.BadRequestError as error:
                 accepted = _without_refused(options, str(error))
                 if accepted == options:
                     raise
-                self._options = accepted
+                self._seeded = self._seeded and ("seed" in accepted or "seed" not in options)
+                self._options = {key: value for key, value in accepted.items() if key != "seed"}
 
     def _nonsense(self, found: str) -> EndpointError:
         return EndpointError(
@@ -333,7 +355,7 @@ class _Loop:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
-    def start(self, work: Coroutine[Any, Any, str]) -> Future[str]:
+    def start(self, work: Coroutine[Any, Any, Answer]) -> Future[Answer]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def __enter__(self) -> _Loop:
@@ -356,7 +378,7 @@ class _Loop:
         await self._loop.shutdown_asyncgens()
 
 
-def _failure(take: Callable[[Key, str], None], key: Key, future: Future[str]) -> EndpointError | None:
+def _failure(take: Callable[[Key, Answer], None], key: Key, future: Future[Answer]) -> EndpointError | None:
     """Hands over an answer that has come; what was wrong with it, if anything was."""
     try:
         take(key, future.result())
@@ -398,7 +420,7 @@ def _without_refused(options: dict[str, Any], refusal: str) -> dict[str, Any]:
             **{key: options[key] for key in options if key != "max_tokens"},
             "max_completion_tokens": options["max_tokens"],
         }
-    return {key: value for key, value in options.items() if key != "temperature" or key not in refusal}
+    return {key: value for key, value in options.items() if key not in ("temperature", "seed") or key not in refusal}
 
 
 def _packages() -> tuple[Any, Any]:
