@@ -20,6 +20,7 @@ from qwen_scope.cli.harvest import Harvest
 from qwen_scope.cli.label import Label
 from qwen_scope.cli.serve import Serve
 from qwen_scope.cli.steer import Steer
+from qwen_scope.cli.synthesize import Synthesize
 from qwen_scope.cli.vectors import Vectors
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.training.run_config import RunConfig
@@ -216,6 +217,7 @@ Command = (
     | Annotated[Find, tyro.conf.subcommand("find")]
     | Annotated[Benchmarks, tyro.conf.subcommand("benchmarks")]
     | Annotated[Classify, tyro.conf.subcommand("classify")]
+    | Annotated[Synthesize, tyro.conf.subcommand("synthesize")]
     | Annotated[Steer, tyro.conf.subcommand("steer")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Vectors, tyro.conf.subcommand("vectors")]
