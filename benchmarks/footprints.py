@@ -124,7 +124,7 @@ def saved(settings: Settings, folder: Path) -> dict[str, Any]:
 def clustered(settings: Settings, number: int) -> Footprint:
     """A set whose items draw features from a vocabulary of its own: frequent and rare ones, neighbours sharing some."""
     chance = np.random.default_rng(number)
-    vocabulary = np.random.default_rng(number // 5).permutation(settings.d_sae)[: settings.d_sae // 4]
+    vocabulary = np.random.default_rng(1000 + number // 5).permutation(settings.d_sae)[: settings.d_sae // 4]
     own = chance.permutation(settings.d_sae)[: settings.d_sae // 8]
     known = np.unique(np.concatenate([vocabulary, own]))
     weights = 1 / (chance.permutation(len(known)) + 20.0)

@@ -73,8 +73,9 @@ def run(work: Path) -> None:
             PLOT.parent.mkdir(exist_ok=True)
             # Of few colours, a third of the size.
             Image.open(io.BytesIO(studied.pictures()["overlaps"])).quantize(128).save(PLOT, optimize=True)
-    found["model"], found["suite"] = made[0].about.model, made[0].about.suite
-    found["planted"] = planted(scope(), paths, {f.name: f for f in footprints(scope, sets, work / "last", layer=LAYER)})
+    kept = {f.name: f for f in footprints(scope, sets, work / "last", layer=LAYER)}
+    found["suite"] = kept[PARTS[0]].about.suite
+    found["planted"] = planted(scope(), paths, kept)
     RESULT.write_text(compact(rounded(found)), encoding="utf-8")
 
 

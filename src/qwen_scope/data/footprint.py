@@ -179,8 +179,9 @@ class Footprint:
             raise QwenScopeError(f"expected a footprint at {place}, found another file; make one with Footprint.save")
         try:
             about = About(**json.loads(metadata["about"]))
-            arrays = [tensors[name].numpy() for name in ("starts", "features", "values")]
-            made = Footprint(about, Fired(*arrays, int(metadata["d_sae"])), json.loads(metadata["places"]))
+            starts, features, values = (tensors[name].numpy() for name in ("starts", "features", "values"))
+            fired = Fired(starts, features, values, int(metadata["d_sae"]))
+            made = Footprint(about, fired, json.loads(metadata["places"]))
             whole = _is_whole(made)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise QwenScopeError(

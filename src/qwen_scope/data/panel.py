@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -62,7 +63,7 @@ def performance_redundancy(
     chance, whole = np.random.default_rng(seed), scores.mean(1)
     found = []
     for n in sizes:
-        taus = [kendalltau(whole, scores[:, chance.permutation(items)[:n]].mean(1)).statistic for _ in range(draws)]
+        taus = [kendalltau(whole, scores[:, chance.permutation(items)[:n]].mean(1))[0] for _ in range(draws)]
         # Where all models score the same there is no order to agree with.
         found.append(np.mean(np.nan_to_num(taus)))
     return float(np.mean(found))
@@ -177,7 +178,8 @@ def _agreement(measure: str, x: Float[ndarray, " pairs"], y: Float[ndarray, " pa
     x, y = x[known], y[known]
     if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
         return Agreement(measure, float("nan"), float("nan"), len(x))
-    return Agreement(measure, float(np.corrcoef(x, y)[0, 1]), float(spearmanr(x, y).statistic), len(x))
+    ranked: Any = spearmanr(x, y)
+    return Agreement(measure, float(np.corrcoef(x, y)[0, 1]), float(ranked.statistic), len(x))
 
 
 def _correlated(rows: Float[ndarray, "sets models"]) -> Float[ndarray, "sets sets"]:
