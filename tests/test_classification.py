@@ -435,10 +435,15 @@ def test_an_index_says_what_a_rules_features_are_about(rules, tmp_path):
 # Comparisons
 
 
-def test_an_evaluation_has_every_method_and_counts_as_one_would(scope, tmp_path, monkeypatch):
+@pytest.fixture
+def one_draw(monkeypatch) -> None:
     module = sys.modules["qwen_scope.data.classification.evaluate"]
     monkeypatch.setattr(module, "DRAWS", 1)
-    monkeypatch.setattr(module, "FRACTIONS", (0.5, 1.0))
+    monkeypatch.setattr(module, "FRACTIONS", (1.0,))
+
+
+@pytest.mark.usefixtures("one_draw")
+def test_an_evaluation_has_every_method_and_counts_as_one_would(scope, tmp_path):
     found = evaluate(scope, TRAIN, TEST, "place", most=4)
     names = [outcome.method for outcome in found.outcomes]
     assert names[: len(BASELINES)] == list(BASELINES)
@@ -640,6 +645,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("one_draw")
 def test_the_command_from_labelled_texts_to_a_sorted_corpus(capsys, tiny, files, tmp_path):
     rule, train, test = str(tmp_path / "rule.json"), str(files / "train.jsonl"), str(files / "test.jsonl")
     main(["classify", "fit", train, rule, "--positive", "place", "--test", test, "--most", "4", *tiny])

@@ -220,9 +220,10 @@ def paragraphs(work: Path, language: str, chapter: str) -> list[str]:
     place = work / "debian" / language
     if not place.exists():
         with tempfile.TemporaryDirectory() as folder:
-            package = DEBIAN.format("zh-cn" if language == "zh" else language)
+            package = DEBIAN.format(language)
             call(["apt-get", "download", "-q", package], package, folder)
             (archive,) = Path(folder).iterdir()
+            place.mkdir(parents=True)
             call(["dpkg-deb", "--extract", str(archive), str(place)], package)
     (page,) = place.rglob(f"ch{chapter}.{language}.html")
     text = page.read_text(encoding="utf-8")
@@ -303,13 +304,13 @@ def total(sizes: dict[str, int]) -> int:
 
 
 def length_table(results: dict[str, Any]) -> str:
-    """What length has to do with it, at the two tasks of toxicity."""
-    tasks = {name: results["tasks"][name] for name in ("ToxiGen", "RealToxicityPrompts")}
+    """AUC, which no threshold is needed for, and what length has to do with it."""
     rows = []
     for method in methods(results):
-        found = [scores_of(task, method) for task in tasks.values()]
-        rows.append([method, *(f"{s[key]:.3f}" for s in found for key in ("auc", "auc_length_matched"))])
-    head = [f"{name}, {what}" for name in tasks for what in ("AUC", "AUC, lengths matched")]
+        found = [[scores_of(results["tasks"][name], method) for name in names] for names in kinds(results).values()]
+        means = [np.mean([s[key] for s in of]) for of in found for key in ("auc", "auc_length_matched")]
+        rows.append([method, *(f"{mean:.3f}" for mean in means)])
+    head = [f"{kind}, {what}" for kind in kinds(results) for what in ("AUC", "AUC, lengths matched")]
     return table(["method", *head], rows)
 
 
@@ -320,15 +321,17 @@ def k_table(results: dict[str, Any]) -> str:
     return table(["K", *sizes], [[name, *(f"{task['f1_by_k'][k]:.2f}" for k in sizes)] for name, task in tasks.items()])
 
 
+def kinds(results: dict[str, Any]) -> dict[str, list[str]]:
+    """Tasks whose figures are averaged."""
+    topics = [name for name in results["tasks"] if name.startswith("BBC")]
+    alone = {name: [name] for name in results["tasks"] if name not in topics}
+    return alone | {f"BBC, mean of {len(topics)}": topics}
+
+
 def share_table(results: dict[str, Any]) -> str:
     """F1 by the share of the discovery texts, the mean over tasks of a kind."""
-    kinds = {
-        "ToxiGen": ["ToxiGen"],
-        "RealToxicityPrompts": ["RealToxicityPrompts"],
-        "BBC, mean of 5": [name for name in results["tasks"] if name.startswith("BBC")],
-    }
     rows, shares = [], []
-    for kind, names in kinds.items():
+    for kind, names in kinds(results).items():
         found = [results["tasks"][name]["f1_by_fraction"] for name in names]
         shares = list(next(iter(found[0].values())))
         for method in found[0]:

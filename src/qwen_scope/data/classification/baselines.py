@@ -39,8 +39,8 @@ class Seen:
 
 
 Method = Callable[[Seen, ndarray, Seen], ndarray]
-"""Learns from texts and their classes (1 positive, 0 negative; two texts of each at least), and scores others: above 0 is
-positive."""
+"""Learns from texts and their classes (1 positive, 0 negative; two texts of each at least), and scores others: the higher, the
+likelier positive, above 0 likelier than not."""
 
 
 def bag_of_words(train: Seen, positive: ndarray, test: Seen) -> ndarray:

@@ -157,7 +157,7 @@ class SparseRule(_Binary):
                 for size, chosen in zip(sizes, _paths(X[train], positive[train], sizes), strict=True):
                     model = _Weights(X[train], positive[train], chosen)
                     held[size][test] = model.scores(X[test])
-            best = {size: _best_threshold(positive, scores) for size, scores in held.items()}
+            best = {size: best_threshold(positive, scores) for size, scores in held.items()}
             size = max(sizes, key=lambda size: (round(best[size][0], 3), -size))
             threshold = best[size][1]
         final = _Weights(X, positive, _paths(X, positive, [size])[0])
@@ -221,7 +221,7 @@ def _paths(X: sparse.csr_matrix, positive: ndarray, sizes: list[int]) -> list[nd
     return [candidates[order[:size]] for size in sizes]
 
 
-def _best_threshold(positive: ndarray, scores: ndarray) -> tuple[float, float]:
+def best_threshold(positive: ndarray, scores: ndarray) -> tuple[float, float]:
     """The largest F1 of the positive class and the score above which it is reached, half-way to the next lower one."""
     precision, recall, thresholds = precision_recall_curve(positive, scores)
     f1 = 2 * precision[:-1] * recall[:-1] / np.maximum(precision[:-1] + recall[:-1], 1e-12)
