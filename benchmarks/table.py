@@ -43,8 +43,10 @@ def tables(name: str, results: Path) -> str:
         "load": load,
         "harvest": harvest,
         "index": index,
+        "classify": classify,
         "steer": steer,
         "serve": serve,
+        "footprints": footprints,
     }
     return made[found["benchmark"]](found)
 
@@ -213,9 +215,57 @@ def harvest(found: Found) -> str:
     return f"{about}\n\n{table(head, rows)}\n\n{after}\n"
 
 
-def share(r: Found) -> str:
-    low, high = r["times_as_fast_quartiles"]["model"]
-    return f"{r['times_as_fast']['model']:.0%} ({low:.0%}–{high:.0%})"
+def footprints(found: Found) -> str:
+    parameters, saved = found["parameters"], found["saved"]
+    rows = [
+        [
+            r["position"],
+            f"{r['tokens_per_second']['model']:.0f}",
+            f"{r['tokens_per_second'][OURS]:.0f}",
+            f"{1 / r['times_as_fast']['model']:.2f}x",
+            share(r),
+        ]
+        for r in found["results"]
+    ]
+    about = (
+        f"The bundled model in {parameters['dtype']}, layer {parameters['layer']}, {parameters['items']} items, "
+        f"{conditions(found)} Medians of {parameters['rounds']} interleaved rounds, in brackets the quartiles."
+    )
+    taken = saved["seconds"]
+    after = (
+        f"{parameters['sets']} saved footprints of {parameters['items_of_each']} items, each of which fires {parameters['k']} of "
+        f"{parameters['d_sae']} features: {duration(taken['load, redundancy, overlaps'])} to load them and for redundancy and "
+        f"all pairwise overlaps, {duration(taken['intervals'])} for intervals of the overlaps from {parameters['resamples']} "
+        "half-samples."
+    )
+    head = ["position", "tokens per second, model alone", "footprint", "cost", "share"]
+    return f"{about}\n\n{table(head, rows)}\n\n{after}\n"
+
+
+def share(r: Found, of: str = "model") -> str:
+    low, high = r["times_as_fast_quartiles"][of]
+    return f"{r['times_as_fast'][of]:.0%} ({low:.0%}–{high:.0%})"
+
+
+def classify(found: Found) -> str:
+    rows = [
+        [
+            ", ".join(map(str, r["layers"])),
+            str(r["tokens"]),
+            f"{r['tokens_per_second']['harvest']:.0f}",
+            f"{r['tokens_per_second'][OURS]:.0f}",
+            share(r, "harvest"),
+        ]
+        for r in found["results"]
+    ]
+    parameters = found["parameters"]
+    about = (
+        f"The bundled model in {parameters['dtype']}, a rule of {parameters['terms']} features, texts of "
+        f"{parameters['characters']} characters, {conditions(found)} Medians of {parameters['rounds']} interleaved rounds, in "
+        "brackets the quartiles."
+    )
+    head = ["layers", "tokens", "tokens per second, harvesting", "applying a rule", "share"]
+    return f"{about}\n\n{table(head, rows)}\n"
 
 
 def index(found: Found) -> str:

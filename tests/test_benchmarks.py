@@ -17,9 +17,32 @@ from qwen_scope.kernels import Kernel
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 COMMITTED = BENCHMARKS / "results"
-ALWAYS_COMMITTED = {"encode", "encode-1-thread", "training", "layers", "load", "harvest", "index"}
+ALWAYS_COMMITTED = {
+    "encode",
+    "encode-1-thread",
+    "training",
+    "layers",
+    "load",
+    "harvest",
+    "index",
+    "classify",
+    "footprints",
+}
 MARKED = {"README.md": {"summary"}, "docs/performance.md": ALWAYS_COMMITTED | {"encode-large"}}
-SCRIPTS = ["encode", "training", "quality", "pipeline", "layers", "load", "harvest", "index", "steer", "serve"]
+SCRIPTS = [
+    "encode",
+    "training",
+    "quality",
+    "pipeline",
+    "layers",
+    "load",
+    "harvest",
+    "index",
+    "classify",
+    "steer",
+    "serve",
+    "footprints",
+]
 WAYS = {"card", "qwen_scope", "qwen_scope_prepared"}
 
 
@@ -39,7 +62,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("two of the benchmarks need Linux")
     results = tmp_path_factory.mktemp("results")
     options = {"training": ["--threads", "1"], "layers": ["--folder", results], "load": ["--folder", results]}
-    options["harvest"] = options["pipeline"] = ["--folder", results]
+    options["harvest"] = options["pipeline"] = options["footprints"] = options["classify"] = ["--folder", results]
 
     def run(script: str) -> subprocess.CompletedProcess[str]:
         return python(f"{script}.py", "--quick", "--out", results / f"{script}.json", *options.get(script, []))
@@ -61,9 +84,11 @@ def check_structure(found: dict[str, Any]) -> None:
         "load": check_load,
         "harvest": check_harvest,
         "index": check_index,
+        "classify": check_classify,
         "pipeline": check_pipeline,
         "steer": check_steer,
         "serve": check_serve,
+        "footprints": check_footprints,
     }
     checks[found["benchmark"]](found)
 
@@ -178,6 +203,14 @@ def check_index(found: dict[str, Any]) -> None:
     assert found["search_built_seconds"] > 0
 
 
+def check_classify(found: dict[str, Any]) -> None:
+    assert [r["layers"] for r in found["results"]] == [list(layers) for layers in found["parameters"]["layers"]]
+    for result in found["results"]:
+        check_timed(result, {"qwen_scope", "harvest"}, found["parameters"]["rounds"])
+        assert set(result["tokens_per_second"]) == {"qwen_scope", "harvest"}
+        assert result["tokens"] > result["texts"] > 0
+
+
 def check_pipeline(found: dict[str, Any]) -> None:
     speeds = found["tokens_per_second"]
     assert set(speeds) == {"reading", "training", "together", "share_of_the_slower_half"}
@@ -203,6 +236,20 @@ def check_serve(found: dict[str, Any]) -> None:
     assert sum(load["requests"].values()) > 0
     assert load["left_running"] == 0
     assert min(load["resident_mib"].values()) > 0
+
+
+def check_footprints(found: dict[str, Any]) -> None:
+    assert [r["position"] for r in found["results"]] == ["last", "any"]
+    for result in found["results"]:
+        check_timed(result, {"qwen_scope", "model"}, found["parameters"]["rounds"])
+        assert result["tokens"] > 0
+        assert set(result["tokens_per_second"]) == {"qwen_scope", "model"}
+    saved, parameters = found["saved"], found["parameters"]
+    most = parameters["sets"] * parameters["items_of_each"] * parameters["k"]
+    assert 0.8 * most <= saved["features_fired"] <= most
+    assert set(saved["seconds"]) == set(saved["quartiles"]) == {"load, redundancy, overlaps", "intervals"}
+    for name, (low, high) in saved["quartiles"].items():
+        assert 0 < low <= saved["seconds"][name] <= high
 
 
 def check_kernel(found: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def writer() -> Callable[[str], Reply]:
 
     def answer(question: str) -> Reply:
         times[question] = times.get(question, 0) + 1
-        words = re.findall(r"<<(\w+)>>", question)
+        words = re.findall(r"with '(\w+)'", question)
         word = words[-1] if words else "nothing"
         return completion(f"{word} {word[::-1]} {times[question]} of {word}")
 
@@ -226,14 +226,14 @@ def test_a_label_explains_a_feature_before_its_examples_do(index: FeatureIndex):
     by_examples = Explanation.of(index, (1, 0), 2)
     assert (by_examples.label, by_examples.by) == (None, "examples")
     asked = question(by_examples, QUICK)
-    assert "<<goal>>" in asked
+    assert "with 'goal' in it" in asked
     assert asked.count("\n- ") == 2
     assert QUICK.kind in asked
     index.label("1/0", "late goals")
     labelled = Explanation.of(index, (1, 0), 2)
     assert (str(labelled), labelled.by) == ("late goals", "hand")
     assert "late goals" in question(labelled, QUICK)
-    assert "<<" not in question(labelled, QUICK)
+    assert "- " not in question(labelled, QUICK)
 
 
 def test_a_list_goes_on_where_its_last_number_is(index: FeatureIndex):
@@ -365,7 +365,7 @@ def test_texts_are_rewritten_and_answered(scope: Scope, index: FeatureIndex, tmp
         if question.startswith("Rewrite"):
             text = question.partition("Text: ")[2]
             return completion(text[::-1] if "in verse" in question else f"is it {text.upper().replace(' ', ' or ')}?")
-        if question.startswith("Write"):
+        if question.startswith("Here"):
             return completion(f"some text number {next(numbers)} about nothing much")
         return completion("An answer.")
 
