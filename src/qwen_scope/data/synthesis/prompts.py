@@ -32,7 +32,8 @@ def question(explanation: Explanation, config: SynthesisConfig) -> str:
     examples = "\n".join(f"- {text}" for text in explanation.plain)
     tokens = ", ".join(repr(token.strip() or token) for token in explanation.tokens)
     near = f", with {tokens} in it" if tokens else ""
-    return f"Here are some pieces of texts. {_ONLY_LOOKED_AT}\n\n{examples}\n\nWrite {config.kind} in the same style{near}. {_ALONE}"
+    shown = f"Here are some pieces of texts. {_ONLY_LOOKED_AT}\n\n{examples}"
+    return f"{shown}\n\nWrite {config.kind} in the same style{near}. {_ALONE}"
 
 
 def rewrite(text: str, style: str) -> str:
