@@ -369,6 +369,7 @@ def refused(answer: httpx.Response, status: int, param: str | None = None) -> st
         ({"seed": 1.5}, "seed"),
         ({"n": 0}, "n"),
         ({"n": 33}, "n"),
+        ({"n": 10**12}, "n"),
         ({"stop": ""}, None),
         ({"stop": ["a"] * 17}, None),
         ({"stop": [5]}, "stop"),

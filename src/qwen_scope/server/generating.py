@@ -97,16 +97,18 @@ def prepared(scope: Scope, config: ServerConfig, asked: Asked) -> list[Continuat
     Raises:
         Refused: a prompt, steering or sampling that cannot be, or that the server does not allow.
     """
-    samplings = asked.samplings(config)
     where = "messages" if isinstance(asked, ChatRequest) else "prompt"
-    prompts = tokenized(scope, asked.inputs(), config, where, thinking=asked.thinking, reply=True)
-    most = min(config.max_rows, config.max_queued)
-    if len(prompts) * len(samplings) > most:
+    inputs, each, most = asked.inputs(), asked.n or 1, min(config.max_rows, config.max_queued)
+    # Before anything is made for each of them: a short body can ask for very many.
+    several = where == "prompt" and isinstance(inputs, list) and not isinstance(next(iter(inputs), None), int)
+    if (count := len(inputs) if several else 1) * each > most:
         raise Refused(
             400,
-            f"expected at most {most} texts at once, found {len(prompts)} prompts and n of {len(samplings)}; ask for fewer",
-            "n" if len(samplings) > 1 else where,
+            f"expected at most {most} texts at once, found {count} prompts and n of {each}; ask for fewer",
+            "n" if each > 1 else where,
         )
+    samplings = asked.samplings(config)
+    prompts = tokenized(scope, inputs, config, where, thinking=asked.thinking, reply=True)
     row = _row(scope, config, asked.steering)
     texts = []
     for prompt in prompts:
