@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -653,14 +654,14 @@ class Walk:
         return torch.randn(*shape, generator=self.generator)
 
     def join(self, length: int, broken: bool) -> None:
-        prompt = Cache(layers=[DynamicLayer(), LinearAttentionLayer()])
+        layers: list[Any] = [DynamicLayer(), LinearAttentionLayer()]
         keys, values, state = self.random(1, 2, length, 3), self.random(1, 2, length, 3), self.random(1, 4, 3)
         if broken:
             keys[:], values[:], state[:] = math.nan, math.nan, math.nan
-        prompt.layers[0].update(keys, values)
-        prompt.layers[1].update_conv_state(state.clone())
-        prompt.layers[1].update_recurrent_state(state.clone())
-        self.cache.join(prompt, length)
+        layers[0].update(keys, values)
+        layers[1].update_conv_state(state.clone())
+        layers[1].update_recurrent_state(state.clone())
+        self.cache.join(Cache(layers=layers), length)
         self.keys.append(keys[0])
         self.values.append(values[0])
         self.states.append(state[0])
@@ -676,8 +677,8 @@ class Walk:
         self.cache.before_step()
         mask = self.cache.attention_mask(torch.device("cpu"))
         keys, values = self.random(rows, 2, 1, 3), self.random(rows, 2, 1, 3)
-        assert self.cache.cache is not None
-        attention, states = self.cache.cache.layers
+        held_by_the_cache: Any = self.cache.cache
+        attention, states = held_by_the_cache.layers
         longest = max(held.shape[1] for held in self.keys)
         assert attention.get_seq_length() == longest
         assert attention.get_mask_sizes(1) == (longest + 1, 0)
