@@ -434,6 +434,23 @@ def test_a_recipe_is_the_same_wherever_it_is_used(scope, suite, tmp_path):
     assert [change.strength for change in other.changes(path)] == [6.0, 3.0, 0.3, 0.0]
 
 
+def test_a_recipe_names_the_model_and_no_place_on_this_machine(llama, suite, tokenizer, tmp_path):
+    def named(name: str, backbone: str | None) -> str:
+        llama.config.name_or_path = name
+        scope = Scope(llama, Suite.of({1: suite[1]}, backbone=backbone), tokenizer)
+        return scope.save_steering(tmp_path / "recipe.json", "1/3:2").model
+
+    (folder := tmp_path / "my model").mkdir()
+    before = llama.config.name_or_path
+    try:
+        assert named(str(folder), "org/base") == "org/base"
+        assert named(str(folder), None) == "my model"
+        # Another model of the same width, which the suite was not trained on.
+        assert named("org/instruct", "org/base") == "org/instruct"
+    finally:
+        llama.config.name_or_path = before
+
+
 def test_a_recipe_of_another_suite_is_refused(scope, suite, tmp_path):
     path = tmp_path / "recipe.json"
     other = Scope(scope.backbone, Suite.of({layer: suite[layer] for layer in (1, 2)}, name="another suite"))
@@ -444,6 +461,9 @@ def test_a_recipe_of_another_suite_is_refused(scope, suite, tmp_path):
         lambda: scope.steered([path, None]),
         lambda: scope.side_by_side([5, 6, 7], path),
         lambda: scope.generate([[5, 6], [7, 8]], [path, None]),
+        lambda: scope.changes(["1/5:1", path]),
+        lambda: scope.changes([["1/5:1", [path]]]),
+        lambda: scope.changes({"edits": [path]}),
     ):
         with pytest.raises(QwenScopeError, match=r"expected a recipe for tiny suite, found .* for another suite"):
             use()

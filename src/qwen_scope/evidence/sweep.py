@@ -62,7 +62,7 @@ def sweep(
         QwenScopeError: a steering, effect or prompts that cannot be, or a folder with another sweep.
         Stopped: somebody asked for it; what was generated is in the folder.
     """
-    steering = Steering.of(steering)
+    steering = Steering.of(steering, scope.suite.name)
     if not steering:
         raise QwenScopeError("expected a steering to sweep over, found an empty one; such as 15/1037:1x@generated")
     prompts = list(prompts)
