@@ -176,6 +176,7 @@ def test_yes_where_every_control_is_beaten_at_its_best_coherent_strength():
     assert judgement.verdict
     assert judgement.best == 1  # at 2 the perplexity is more than three times as high
     assert judgement.effect == pytest.approx(0.5)
+    assert judgement.perplexity == (10, 10)
     assert {c.control: (c.strength, c.difference.mean) for c in judgement.comparisons} == {
         "unsteered": (0, pytest.approx(0.4)),
         "turned round": (-1, pytest.approx(0.5)),
@@ -458,6 +459,7 @@ def test_table_and_plots_are_those_of_the_committed_figures():
         assert {key: value for key, value in found.items() if key not in ("name", "report")} == specs["sweeps"][name]
         assert found["report"]["prompts"] == specs["prompts"]
         assert f"![{name}:" in page
+        assert found["report"]["judgement"]["why"] in page
 
 
 def test_three_steerings_beat_all_their_controls_and_one_that_does_not_is_reported():
