@@ -17,7 +17,7 @@ from qwen_scope.errors import QwenScopeError
 from qwen_scope.generation.continuation import Continuation
 from qwen_scope.generation.generate import continuation
 from qwen_scope.server.answers import END, Answer, event, to_json
-from qwen_scope.server.engine import Engine, News, Ticket
+from qwen_scope.server.engine import Engine, News, Ticket, late
 from qwen_scope.server.refused import Refused
 from qwen_scope.server.requests import Asked, ChatRequest, check_steering
 from qwen_scope.steering.changes import Change
@@ -87,8 +87,9 @@ async def answer(request: Request, asked: Asked, engine: Engine, form: Answer, r
     traces: list[Trace | None] = [None] * len(texts)
     if asked.trace:
         async with reading:
-            traces = await asyncio.to_thread(_traces, engine.scope, texts)
-    return Json(form.whole(texts, traces))
+            traces = await asyncio.to_thread(_traces, engine.scope, engine.config, ticket)
+    # Not in the event loop: many texts with many candidates make an answer that takes seconds to write down.
+    return await asyncio.to_thread(lambda: Json(form.whole(texts, traces)))
 
 
 def prepared(scope: Scope, config: ServerConfig, asked: Asked) -> list[Continuation]:
@@ -160,12 +161,15 @@ def _row(scope: Scope, config: ServerConfig, given: Any) -> list[Change]:
         raise Refused.of(error, "steering") from error
 
 
-def _traces(scope: Scope, texts: list[Continuation]) -> list[Trace | None]:
-    results = [text.result() for text in texts]
-    return [
-        traced(scope.backbone, scope.suite, [*result.prompt_ids, *result.ids], len(result.prompt_ids), text.row)
-        for text, result in zip(texts, results, strict=True)
-    ]
+def _traces(scope: Scope, config: ServerConfig, ticket: Ticket) -> list[Trace | None]:
+    found: list[Trace | None] = []
+    for text in ticket.texts:
+        if time.monotonic() >= ticket.deadline:
+            # Nobody waits any more, and all that is generated waits for the model meanwhile.
+            raise late(config.max_seconds)
+        ids = [token.id for token in text.tokens]
+        found.append(traced(scope.backbone, scope.suite, [*text.prompt.ids, *ids], len(text.prompt), text.row))
+    return found
 
 
 async def streamed(request: Request, ticket: Ticket, engine: Engine, form: Answer) -> AsyncGenerator[bytes]:
