@@ -262,6 +262,18 @@ def test_a_forward_pass_is_what_plain_hooks_make(every, steering):
     assert not torch.allclose(ours, logits(every, ids)[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("steering", ["1/3:=6", "1/3:*0", "1/3:*2@generated,-1"])
+def test_values_below_0_that_an_sae_keeps_count_as_it_decodes_them(llama, make_sae, steering):
+    scope, ids = Scope(llama, Suite.of({1: make_sae(k=128)})), ids_of(1, 8)
+    kept = scope.features(ids[0])[1].activation(3)
+    assert kept.min() < 0 < kept.max()
+    with scope.steered(steering):
+        ours = logits(scope, ids)[0]
+    torch.testing.assert_close(ours, by_hooks(scope, steering, ids, 8), rtol=2e-3, atol=2e-3)
+    trace = scope.generate(ids[0], "1/3:*0", Sampling(max_new_tokens=1, ignore_eos=True), trace=True).trace
+    assert trace.edits[0].before == pytest.approx(kept[1:].mean().item(), rel=1e-3)
+
+
 def test_rows_of_their_own_steering_padded_on_either_side(every):
     """What each row gives alone; None steers nothing."""
     steerings = [Steering.of("1/3:5"), None, Steering.of("1/5:ablate 2/3:=4@-1")]

@@ -182,7 +182,7 @@ class Changes:
         place = (needed.flatten().cumsum(0) - 1).view(needed.shape)
 
         def value(row: int, number: int, where: Tensor) -> Tensor:
-            return found[place[row][where.cpu()].to(sae.device)].activation(number).clamp_min(0).to(x.device)
+            return found[place[row][where.cpu()].to(sae.device)].activation(number).to(x.device)
 
         return value
 
