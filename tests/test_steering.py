@@ -15,7 +15,7 @@ from qwen_scope.generation import Sampling
 from qwen_scope.index import FeatureIndex
 from qwen_scope.outliers import norm_outliers
 from qwen_scope.steering import Edit, Recipe, Steering, Where
-from qwen_scope.steering.maxima import Maxima, measured
+from qwen_scope.steering.maxima import Maxima, maxima_of, measured
 from qwen_scope.steering.trace import trace
 
 # As text and as JSON
@@ -529,6 +529,17 @@ def test_without_a_tokenizer_strengths_are_raw(llama, suite):
     assert bare.changes("1/3:2")[0].strength == 2
     with pytest.raises(QwenScopeError, match="expected a tokenizer"):
         bare.changes("1/3:2x")
+
+
+def test_another_suite_is_told_from_the_bundled_one_without_loading_it(llama, make_sae, tmp_path):
+    # Layer 7 is one of the bundled suite's; of a suite from the hub it would be downloaded here.
+    Suite.of({layer: make_sae(seed=layer) for layer in (1, 7)}).save_pretrained(tmp_path)
+    suite = Suite.from_pretrained(tmp_path)
+    for file in tmp_path.glob("layer7.*"):
+        file.write_bytes(b"damaged")
+    assert "a sample of texts" in maxima_of(Backbone(llama), suite).source
+    with pytest.raises(QwenScopeError):
+        suite[7]
 
 
 @pytest.mark.real

@@ -62,9 +62,10 @@ def maxima_of(backbone: Backbone, suite: Suite) -> Maxima:
     """
     tensors, metadata = read_safetensors(maxima_file())
     known = json.loads(metadata["fingerprints"])
-    if all(
-        known.get(str(layer)) == fingerprint(suite, [layer]) for layer in suite.layers if str(layer) in known
-    ) and set(map(str, suite.layers)) <= set(known):
+    # Only if it has all layers: to tell a suite by its weights loads them.
+    if {str(layer) for layer in suite.layers} <= set(known) and all(
+        known[str(layer)] == fingerprint(suite, [layer]) for layer in suite.layers
+    ):
         return Maxima(lambda layer: tensors[f"layer{layer}"], "the index that comes with the package")
     return Maxima(lambda layer: measured(backbone, suite, layer), "a sample of texts (harvest an index for more)")
 
