@@ -730,6 +730,19 @@ def test_a_cache_that_rows_join_and_leave_at_random(seed):
     assert moved or seed  # seldom: the batch must live for long
 
 
+def test_a_long_text_after_many_short_ones_takes_no_room_for_them():
+    walk = Walk(0)
+    for _ in range(32):
+        walk.join(3, broken=False)
+    for _ in range(31):
+        walk.leave(0)
+    walk.join(900, broken=False)
+    assert walk.cache.rows == 2
+    walk.step()
+    keys_and_values = 2 * 2 * 3 * 4  # for each, 2 heads of 3 float32
+    assert walk.cache.nbytes < 2 * 2 * 900 * keys_and_values
+
+
 def test_a_cache_does_not_grow_while_texts_come_and_go():
     # There always are some, so that it never starts anew.
     walk, sizes = Walk(0), []

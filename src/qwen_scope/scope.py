@@ -195,7 +195,7 @@ class Scope:
         Raises:
             QwenScopeError: edits that contradict each other, features that the suite does not have, or a recipe for another.
         """
-        ready = changes(Steering.of(steering, self.suite.name), self.suite, self.maxima)
+        ready = changes(Steering.of(steering, self.suite.name), self.suite, lambda: self.maxima)
         for change in ready:
             self.backbone.check_layer(change.edit.layer)
         return ready

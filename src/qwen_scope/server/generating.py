@@ -24,7 +24,7 @@ from qwen_scope.steering.changes import Change
 from qwen_scope.steering.steering import Steering
 from qwen_scope.steering.trace import Trace
 from qwen_scope.steering.trace import trace as traced
-from qwen_scope.tokens import TokenizedText, tokenize
+from qwen_scope.tokens import TokenizedText, TooLong, tokenize
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
@@ -130,17 +130,12 @@ def tokenized(
         Refused: none, or one that is too long.
     """
     try:
-        texts, _ = tokenize(inputs, scope.backbone.tokenizer, thinking=thinking, reply=reply)
+        most = config.max_prompt_tokens
+        return tokenize(inputs, scope.backbone.tokenizer, thinking=thinking, reply=reply, most=most)[0]
+    except TooLong as error:
+        raise Refused(400, str(error), where, "context_length_exceeded") from error
     except QwenScopeError as error:
         raise Refused.of(error, where) from error
-    if (longest := max(map(len, texts))) > config.max_prompt_tokens:
-        raise Refused(
-            400,
-            f"expected texts of at most {config.max_prompt_tokens} tokens, found one of {longest}; shorten it",
-            where,
-            "context_length_exceeded",
-        )
-    return texts
 
 
 def _row(scope: Scope, config: ServerConfig, given: Any) -> list[Change]:
