@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -425,7 +426,7 @@ def test_steer_on_the_bundled_model(tmp_path, capsys):
 
     lines = tmp_path / "prompts.txt"
     lines.write_text("The old house\nLast summer we\nIn the morning\nMy neighbour told me\n")
-    sweeping = ("--strengths", "-1", "1", "--random-features", "2", "--max-new-tokens", "8")
+    sweeping = ("--strengths", "-1", "1", "--random-features", "1", "--max-new-tokens", "6")
     given = ("--recipe", str(recipe), "--sweep", str(tmp_path / "out"), "--effect", "regex:[A-Z]{2,}", *sweeping)
     main(["steer", "--file", str(lines), "--instruction", "USE CAPITALS.", *given])
     assert "prompted (before)" in capsys.readouterr().out
@@ -460,6 +461,7 @@ def test_table_and_plots_are_those_of_the_committed_figures():
         assert found["report"]["prompts"] == specs["prompts"]
         assert f"![{name}:" in page
         assert found["report"]["judgement"]["why"] in page
+        assert not re.search(r"/(home|root|work|tmp|Users)/", json.dumps(found))
 
 
 def test_three_steerings_beat_all_their_controls_and_one_that_does_not_is_reported():
