@@ -24,6 +24,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/load.py --folder build
 	$(BIN)/python benchmarks/harvest.py --folder build
 	$(BIN)/python benchmarks/index.py
+	$(BIN)/python benchmarks/pipeline.py --folder build
+	$(BIN)/python benchmarks/steer.py
+	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/table.py
 
 docs: $(VENV)/.installed-dev
