@@ -420,7 +420,7 @@ _KEPT: list = []
 def _tokenizer():
     # Hypothesis takes no fixtures of a function's scope.
     if not _KEPT:
-        from tests.conftest import make_tokenizer
+        from conftest import make_tokenizer
 
         _KEPT.append(make_tokenizer())
     return _KEPT[0]
