@@ -26,6 +26,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/index.py
 	$(BIN)/python benchmarks/classify.py --folder build
 	$(BIN)/python benchmarks/footprints.py --folder build
+	$(BIN)/python benchmarks/pipeline.py --folder build
+	$(BIN)/python benchmarks/steer.py
+	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/table.py
 
 docs: $(VENV)/.installed-dev

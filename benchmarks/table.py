@@ -161,7 +161,8 @@ def steer(found: Found) -> str:
     alone = "one after another"
     about = (
         f"The bundled model in {parameters['dtype']}, {parameters['tokens']} tokens generated for each text, {conditions(found)} "
-        f"Medians of {parameters['rounds']} interleaved rounds. Below, how much longer a text takes under each kind of edit."
+        f"Medians of {parameters['rounds']} interleaved rounds, for many texts of "
+        f"{parameters['rounds_together']}. How much longer a text takes under each kind of edit:"
     )
     after = (
         f"{parameters['together']} texts, each with another steering, together: {together['tokens_per_second'][OURS]:.0f} tokens "
@@ -179,7 +180,7 @@ def serve(found: Found) -> str:
     memory, took = load["resident_mib"], together["seconds"]
     rows = [[name, f"{count}"] for name, count in load["requests"].items()]
     about = (
-        f"{parameters['model'].capitalize()}, {conditions(found)} {parameters['clients']} clients, each with another steering "
+        f"The bundled model in float32, {conditions(found)} {parameters['clients']} clients, each with another steering "
         f"and {parameters['tokens']} tokens to get: {took['together']:.1f} s all at once, {took['one after another']:.1f} s one "
         f"after another, {together['times_as_fast']:.1f}x; {together['same_texts']} of them get the same text both ways."
     )

@@ -23,7 +23,14 @@ from qwen_scope.suite import Suite
 
 transformers.logging.set_verbosity_error()
 # The same examples in every run, and no time limit on a busy machine.
-hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.register_profile(
+    "tests",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("tests")
 # The tensors here are small: a second thread costs more than it gives.
 torch.set_num_threads(1)

@@ -21,12 +21,16 @@ ALWAYS_COMMITTED = {
     "encode",
     "encode-1-thread",
     "training",
+    "quality",
+    "pipeline",
     "layers",
     "load",
     "harvest",
     "index",
     "classify",
     "footprints",
+    "steer",
+    "serve",
 }
 MARKED = {"README.md": {"summary"}, "docs/performance.md": ALWAYS_COMMITTED | {"encode-large"}}
 SCRIPTS = [
@@ -221,7 +225,7 @@ def check_steer(found: dict[str, Any]) -> None:
     edits, parameters = set(found["parameters"]["edits"]), found["parameters"]
     assert [r["rows"] for r in found["cost"]] == list(parameters["rows"])
     for result in found["cost"]:
-        check_timed(result, {"qwen_scope", *edits}, parameters["rounds"])
+        check_timed(result, {"qwen_scope", *edits}, parameters["rounds_together"])
     check_timed(found["together"], {"qwen_scope", "one after another"}, parameters["rounds_together"])
     check_timed(found["transformers"], {"qwen_scope", "transformers"}, parameters["rounds"])
     assert found["together"]["same_tokens"] == parameters["together"]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -176,6 +177,7 @@ def test_yes_where_every_control_is_beaten_at_its_best_coherent_strength():
     assert judgement.verdict
     assert judgement.best == 1  # at 2 the perplexity is more than three times as high
     assert judgement.effect == pytest.approx(0.5)
+    assert judgement.perplexity == (10, 10)
     assert {c.control: (c.strength, c.difference.mean) for c in judgement.comparisons} == {
         "unsteered": (0, pytest.approx(0.4)),
         "turned round": (-1, pytest.approx(0.5)),
@@ -424,7 +426,7 @@ def test_steer_on_the_bundled_model(tmp_path, capsys):
 
     lines = tmp_path / "prompts.txt"
     lines.write_text("The old house\nLast summer we\nIn the morning\nMy neighbour told me\n")
-    sweeping = ("--strengths", "-1", "1", "--random-features", "2", "--max-new-tokens", "8")
+    sweeping = ("--strengths", "-1", "1", "--random-features", "1", "--max-new-tokens", "6")
     given = ("--recipe", str(recipe), "--sweep", str(tmp_path / "out"), "--effect", "regex:[A-Z]{2,}", *sweeping)
     main(["steer", "--file", str(lines), "--instruction", "USE CAPITALS.", *given])
     assert "prompted (before)" in capsys.readouterr().out
@@ -458,6 +460,8 @@ def test_table_and_plots_are_those_of_the_committed_figures():
         assert {key: value for key, value in found.items() if key not in ("name", "report")} == specs["sweeps"][name]
         assert found["report"]["prompts"] == specs["prompts"]
         assert f"![{name}:" in page
+        assert found["report"]["judgement"]["why"] in page
+        assert not re.search(r"/(home|root|work|tmp|Users)/", json.dumps(found))
 
 
 def test_three_steerings_beat_all_their_controls_and_one_that_does_not_is_reported():

@@ -281,13 +281,21 @@ def test_columns_of_the_same_name_are_told_apart(index: FeatureIndex):
 
 
 def test_ctrl_c_ends_a_query(index: FeatureIndex):
-    timer = threading.Timer(1.0, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
-    timer.start()
+    ended, person = threading.Event(), threading.get_ident()
+
+    def press() -> None:
+        # On a busy machine the first may come before the query runs.
+        while not ended.wait(5.0):
+            signal.pthread_kill(person, signal.SIGINT)
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
     try:
         with pytest.raises(KeyboardInterrupt):
             index.sql("SELECT count(*) FROM range(100000000000) a, range(1000) b WHERE hash(a.range + b.range) % 7 = 3")
     finally:
-        timer.join()
+        ended.set()
+        pressing.join()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -419,7 +420,7 @@ _KEPT: list = []
 def _tokenizer():
     # Hypothesis takes no fixtures of a function's scope.
     if not _KEPT:
-        from tests.conftest import make_tokenizer
+        from conftest import make_tokenizer
 
         _KEPT.append(make_tokenizer())
     return _KEPT[0]
@@ -653,14 +654,14 @@ class Walk:
         return torch.randn(*shape, generator=self.generator)
 
     def join(self, length: int, broken: bool) -> None:
-        prompt = Cache(layers=[DynamicLayer(), LinearAttentionLayer()])
+        layers: list[Any] = [DynamicLayer(), LinearAttentionLayer()]
         keys, values, state = self.random(1, 2, length, 3), self.random(1, 2, length, 3), self.random(1, 4, 3)
         if broken:
             keys[:], values[:], state[:] = math.nan, math.nan, math.nan
-        prompt.layers[0].update(keys, values)
-        prompt.layers[1].update_conv_state(state.clone())
-        prompt.layers[1].update_recurrent_state(state.clone())
-        self.cache.join(prompt, length)
+        layers[0].update(keys, values)
+        layers[1].update_conv_state(state.clone())
+        layers[1].update_recurrent_state(state.clone())
+        self.cache.join(Cache(layers=layers), length)
         self.keys.append(keys[0])
         self.values.append(values[0])
         self.states.append(state[0])
@@ -676,8 +677,8 @@ class Walk:
         self.cache.before_step()
         mask = self.cache.attention_mask(torch.device("cpu"))
         keys, values = self.random(rows, 2, 1, 3), self.random(rows, 2, 1, 3)
-        assert self.cache.cache is not None
-        attention, states = self.cache.cache.layers
+        held_by_the_cache: Any = self.cache.cache
+        attention, states = held_by_the_cache.layers
         longest = max(held.shape[1] for held in self.keys)
         assert attention.get_seq_length() == longest
         assert attention.get_mask_sizes(1) == (longest + 1, 0)
@@ -729,6 +730,19 @@ def test_a_cache_that_rows_join_and_leave_at_random(seed):
     assert moved or seed  # seldom: the batch must live for long
 
 
+def test_a_long_text_after_many_short_ones_takes_no_room_for_them():
+    walk = Walk(0)
+    for _ in range(32):
+        walk.join(3, broken=False)
+    for _ in range(31):
+        walk.leave(0)
+    walk.join(900, broken=False)
+    assert walk.cache.rows == 2
+    walk.step()
+    keys_and_values = 2 * 2 * 3 * 4  # for each, 2 heads of 3 float32
+    assert walk.cache.nbytes < 2 * 2 * 900 * keys_and_values
+
+
 def test_a_cache_does_not_grow_while_texts_come_and_go():
     # There always are some, so that it never starts anew.
     walk, sizes = Walk(0), []
@@ -777,8 +791,14 @@ def test_threads_that_generate_at_once_get_what_each_gets_alone(scope):
 
 
 def test_no_hooks_stay(bare):
-    modules = [module for module in bare.backbone.model.modules() if module._forward_hooks or module._forward_pre_hooks]
-    assert modules == []
+    def hooks() -> list[int]:
+        modules = bare.backbone.model.modules()
+        return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules]
+
+    # The model is shared with other tests, which may have left some.
+    before = hooks()
+    bare.generate([5, 6, 7], "0/1:2 1/2:ablate", Sampling(max_new_tokens=3))
+    assert hooks() == before
 
 
 # The bundled model

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,25 @@ def test_two_processes_add_labels_at_once(labels: Labels):
     assert len(labels) == 300
     # A line may be blank, but none is mixed of two.
     assert len([json.loads(line) for line in labels.path.read_bytes().splitlines() if line]) == 300
+
+
+def test_threads_read_all_that_was_written_before(labels: Labels):
+    lines = (json.dumps({"layer": 0, "feature": number, "text": "a"}) + "\n" for number in range(300))
+    labels.path.write_text("".join(lines))
+
+    def wrong(number: int) -> bool:
+        if number % 2:
+            labels.add(1, number, Label(f"number {number}", by="hand"))
+        return len(labels) < 300 or (number % 2 == 1 and labels.get(1, number) is None)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(wrong, range(100))) == 0
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(labels) == 350
 
 
 def test_labels_below_are_older_and_never_written(tmp_path: Path):

@@ -369,6 +369,7 @@ def refused(answer: httpx.Response, status: int, param: str | None = None) -> st
         ({"seed": 1.5}, "seed"),
         ({"n": 0}, "n"),
         ({"n": 33}, "n"),
+        ({"n": 10**12}, "n"),
         ({"stop": ""}, None),
         ({"stop": ["a"] * 17}, None),
         ({"stop": [5]}, "stop"),
@@ -424,6 +425,13 @@ def test_what_cannot_be_asked_is_a_sentence(server: Served, body: dict, param: s
 )
 def test_what_other_addresses_refuse(server: Served, path: str, body: dict, param: str):
     refused(server.post(path, body), 400, param)
+
+
+def test_more_features_than_an_answer_can_tell_are_refused(scope: Scope):
+    with served(scope, max_texts=100, max_feature_tokens=30_000) as server:
+        texts = [[5] * 250] * 100
+        assert "found 600000 of all tokens and layers" in refused(server.post("features", {"input": texts}), 400)
+        assert server.post("features", {"input": texts, "layers": [1], "top": 1}).status_code == 200
 
 
 def test_a_prompt_beyond_the_context_is_refused(scope: Scope):
@@ -610,6 +618,12 @@ def test_what_takes_too_long_ends(slow_scope: Scope):
             list(asked(server.client, max_tokens=200, stream=True))
         server.idle()
         assert server.chat(max_tokens=2).status_code == 200
+
+
+def test_traces_end_when_nobody_waits_for_them(slow_scope: Scope):
+    with served(slow_scope, max_seconds=1) as server:
+        answer = server.chat(max_tokens=2, ignore_eos=True, n=32, steering="1/3:1", trace=True)
+        assert "1 seconds" in refused(answer, 408)
 
 
 def test_numbers_that_break_fail_alone(scope: Scope, slow_scope: Scope):

@@ -15,7 +15,7 @@ from qwen_scope.generation import Sampling
 from qwen_scope.index import FeatureIndex
 from qwen_scope.outliers import norm_outliers
 from qwen_scope.steering import Edit, Recipe, Steering, Where
-from qwen_scope.steering.maxima import Maxima, measured
+from qwen_scope.steering.maxima import Maxima, maxima_of, measured
 from qwen_scope.steering.trace import trace
 
 # As text and as JSON
@@ -262,6 +262,18 @@ def test_a_forward_pass_is_what_plain_hooks_make(every, steering):
     assert not torch.allclose(ours, logits(every, ids)[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("steering", ["1/3:=6", "1/3:*0", "1/3:*2@generated,-1"])
+def test_values_below_0_that_an_sae_keeps_count_as_it_decodes_them(llama, make_sae, steering):
+    scope, ids = Scope(llama, Suite.of({1: make_sae(k=128)})), ids_of(1, 8)
+    kept = scope.features(ids[0])[1].activation(3)
+    assert kept.min() < 0 < kept.max()
+    with scope.steered(steering):
+        ours = logits(scope, ids)[0]
+    torch.testing.assert_close(ours, by_hooks(scope, steering, ids, 8), rtol=2e-3, atol=2e-3)
+    trace = scope.generate(ids[0], "1/3:*0", Sampling(max_new_tokens=1, ignore_eos=True), trace=True).trace
+    assert trace.edits[0].before == pytest.approx(kept[1:].mean().item(), rel=1e-3)
+
+
 def test_rows_of_their_own_steering_padded_on_either_side(every):
     """What each row gives alone; None steers nothing."""
     steerings = [Steering.of("1/3:5"), None, Steering.of("1/5:ablate 2/3:=4@-1")]
@@ -434,6 +446,23 @@ def test_a_recipe_is_the_same_wherever_it_is_used(scope, suite, tmp_path):
     assert [change.strength for change in other.changes(path)] == [6.0, 3.0, 0.3, 0.0]
 
 
+def test_a_recipe_names_the_model_and_no_place_on_this_machine(llama, suite, tokenizer, tmp_path):
+    def named(name: str, backbone: str | None) -> str:
+        llama.config.name_or_path = name
+        scope = Scope(llama, Suite.of({1: suite[1]}, backbone=backbone), tokenizer)
+        return scope.save_steering(tmp_path / "recipe.json", "1/3:2").model
+
+    (folder := tmp_path / "my model").mkdir()
+    before = llama.config.name_or_path
+    try:
+        assert named(str(folder), "org/base") == "org/base"
+        assert named(str(folder), None) == "my model"
+        # Another model of the same width, which the suite was not trained on.
+        assert named("org/instruct", "org/base") == "org/instruct"
+    finally:
+        llama.config.name_or_path = before
+
+
 def test_a_recipe_of_another_suite_is_refused(scope, suite, tmp_path):
     path = tmp_path / "recipe.json"
     other = Scope(scope.backbone, Suite.of({layer: suite[layer] for layer in (1, 2)}, name="another suite"))
@@ -444,6 +473,9 @@ def test_a_recipe_of_another_suite_is_refused(scope, suite, tmp_path):
         lambda: scope.steered([path, None]),
         lambda: scope.side_by_side([5, 6, 7], path),
         lambda: scope.generate([[5, 6], [7, 8]], [path, None]),
+        lambda: scope.changes(["1/5:1", path]),
+        lambda: scope.changes([["1/5:1", [path]]]),
+        lambda: scope.changes({"edits": [path]}),
     ):
         with pytest.raises(QwenScopeError, match=r"expected a recipe for tiny suite, found .* for another suite"):
             use()
@@ -497,6 +529,17 @@ def test_without_a_tokenizer_strengths_are_raw(llama, suite):
     assert bare.changes("1/3:2")[0].strength == 2
     with pytest.raises(QwenScopeError, match="expected a tokenizer"):
         bare.changes("1/3:2x")
+
+
+def test_another_suite_is_told_from_the_bundled_one_without_loading_it(llama, make_sae, tmp_path):
+    # Layer 7 is one of the bundled suite's; of a suite from the hub it would be downloaded here.
+    Suite.of({layer: make_sae(seed=layer) for layer in (1, 7)}).save_pretrained(tmp_path)
+    suite = Suite.from_pretrained(tmp_path)
+    for file in tmp_path.glob("layer7.*"):
+        file.write_bytes(b"damaged")
+    assert "a sample of texts" in maxima_of(Backbone(llama), suite).source
+    with pytest.raises(QwenScopeError):
+        suite[7]
 
 
 @pytest.mark.real

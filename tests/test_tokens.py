@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen_scope import QwenScopeError
-from qwen_scope.tokens import TokenizedText, tokenize
+from qwen_scope.tokens import TokenizedText, TooLong, tokenize
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -221,3 +221,11 @@ def test_long_input_is_cut_in_the_message(tokenizer):
     with pytest.raises(QwenScopeError) as error:
         tokenize(dict.fromkeys(range(1000)), tokenizer)
     assert len(str(error.value)) < 250
+
+
+def test_texts_of_too_many_tokens_are_refused_before_they_are_taken_apart(tokenizer):
+    (text,), _ = tokenize("the capital of France", tokenizer)
+    assert len(tokenize("the capital of France", tokenizer, most=len(text))[0][0]) == len(text)
+    for long in ("the capital of France", text.ids):
+        with pytest.raises(TooLong, match=f"at most {len(text) - 1} tokens, found one of {len(text)}"):
+            tokenize(long, tokenizer, most=len(text) - 1)

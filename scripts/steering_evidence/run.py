@@ -54,7 +54,6 @@ def run(sweeps: dict[str, Any], specs: dict[str, Any], work: Path) -> None:
             prompts = [[{"role": "user", "content": text}] for text in specs["questions"]]
         report = sweep(scope, spec["steering"], prompts, spec["effect"], config, folder=work / name)
         RESULTS.mkdir(exist_ok=True)
-        # A line for each item of the long lists, so that the file can be read and compared.
         text = json.dumps({"name": name, **spec, "report": rounded(report.to_dict())}, ensure_ascii=False, indent=1)
         (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         draw(report, PLOTS / f"{name}.png")
@@ -76,8 +75,9 @@ def with_table(text: str) -> str:
 
 
 def table() -> str:
-    """The results as Markdown, in the order of specs.json."""
-    order = list(json.loads((HERE / "specs.json").read_text(encoding="utf-8"))["sweeps"])
+    """The results there are as Markdown, in the order of specs.json."""
+    names = json.loads((HERE / "specs.json").read_text(encoding="utf-8"))["sweeps"]
+    order = [name for name in names if (RESULTS / f"{name}.json").exists()]
     found = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in order]
     rows = [row(result) for result in found]
     head = (
@@ -93,8 +93,12 @@ def table() -> str:
         "verdict",
     )
     lines = [head, ["---"] * len(head), *rows]
+    why = [
+        f"- {result['name']}: **{result['report']['verdict']}**: {result['report']['judgement']['why']}.\n"
+        for result in found
+    ]
     plots = [f"![{name}: effect and perplexity over the strength](steering-evidence/{name}.png)\n" for name in order]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + "\n".join(plots)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + "".join(why) + "\n" + "\n".join(plots)
 
 
 def row(result: dict[str, Any]) -> list[str]:
@@ -106,14 +110,13 @@ def row(result: dict[str, Any]) -> list[str]:
     if not comparisons:
         return [what, f"`{result['steering']}`", report["effect"], *["–"] * 6, f"**no**: {judgement['why']}"]
     nearest = min(comparisons.values(), key=lambda comparison: comparison["difference"]["low"])
-    points = {(point["arm"], point["strength"]): point for point in report["points"]}
     best = judgement["best"]
 
     def highest(kind: str) -> str:
         return f"{max(c['effect'] for name, c in comparisons.items() if name.startswith(kind)):.3f}"
 
     difference = nearest["difference"]
-    perplexity, before = (points["steered", strength]["perplexity"] for strength in (best, 0.0))
+    perplexity, before = judgement["perplexity"]
     return [
         what,
         f"`{result['steering']}` times {best:g}",

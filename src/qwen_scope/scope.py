@@ -27,6 +27,7 @@ from qwen_scope.steering import Recipe, Steering
 from qwen_scope.steering.around import Following, steered
 from qwen_scope.steering.changes import Change, changes
 from qwen_scope.steering.maxima import Maxima, maxima_of
+from qwen_scope.steering.recipe import model_name
 from qwen_scope.suite import Suite, ranges
 from qwen_scope.text_features import text_features
 from qwen_scope.tokens import tokenize
@@ -192,15 +193,9 @@ class Scope:
         """A steering (whatever `Steering.of` takes) made ready, with its strengths in raw units.
 
         Raises:
-            QwenScopeError: edits that contradict each other, or features that the suite does not have.
+            QwenScopeError: edits that contradict each other, features that the suite does not have, or a recipe for another.
         """
-        for item in steering if isinstance(steering, list | tuple) else [steering]:
-            if isinstance(item, Path) and (recipe := Recipe.load(item)).suite != self.suite.name:
-                raise QwenScopeError(
-                    f"expected a recipe for {self.suite.name}, found {item}, which is for {recipe.suite} on {recipe.model}; use "
-                    "its suite"
-                )
-        ready = changes(Steering.of(steering), self.suite, self.maxima)
+        ready = changes(Steering.of(steering, self.suite.name), self.suite, lambda: self.maxima)
         for change in ready:
             self.backbone.check_layer(change.edit.layer)
         return ready
@@ -272,9 +267,9 @@ class Scope:
         _, single = tokenize(inputs, self.backbone.tokenizer, thinking=thinking, reply=True)
         if not single:
             raise QwenScopeError("expected one prompt to continue side by side, found several; pass one at a time")
-        self.changes(steering)  # refuses a recipe for another suite, which a Steering does not know of
+        steering = Steering.of(steering, self.suite.name)
         plain = self.generate(inputs, None, sampling, thinking=thinking)
-        return SideBySide(plain, self.generate(inputs, Steering.of(steering), sampling, thinking=thinking, trace=True))
+        return SideBySide(plain, self.generate(inputs, steering, sampling, thinking=thinking, trace=True))
 
     def steered(self, steering: Any) -> AbstractContextManager[Following]:
         """While the block runs, whatever runs the model is steered: forward passes, `model.generate`, pipelines.
@@ -305,7 +300,7 @@ class Scope:
             steering=str(Steering(tuple(raw))),
             given=str(Steering.of(steering)),
             units=self.maxima.source,
-            model=self.backbone.name,
+            model=model_name(self.backbone, self.suite),
             suite=self.suite.name,
             note=note,
             made=datetime.now(UTC).isoformat(timespec="seconds"),

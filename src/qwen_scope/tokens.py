@@ -34,7 +34,12 @@ class TokenizedText:
 
 
 def tokenize(
-    inputs: Any, tokenizer: "PreTrainedTokenizerBase | None", *, thinking: bool | None = None, reply: bool = False
+    inputs: Any,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    thinking: bool | None = None,
+    reply: bool = False,
+    most: int | None = None,
 ) -> tuple[list[TokenizedText], bool]:
     """Any accepted input as a list of tokenized texts, and whether the input was a single one.
 
@@ -45,6 +50,7 @@ def tokenize(
         thinking: for messages, opens the assistant's turn with thinking on or off (`enable_thinking` of the template);
             None reads the messages alone.
         reply: for messages, opens the assistant's turn whatever `thinking` says.
+        most: refuses texts of more tokens, before anything is made for each of them.
 
     Raises:
         QwenScopeError: nothing to read, another kind of input, or text without a tokenizer.
@@ -64,13 +70,14 @@ def tokenize(
         raise QwenScopeError(
             f"expected text, a list of texts, token ids or chat messages, found {_describe(inputs)}; pass one of those"
         )
-    return [_tokenize_one(item, tokenizer, thinking, reply) for item in items], single
+    return [_tokenize_one(item, tokenizer, thinking, reply, most) for item in items], single
 
 
 def _tokenize_one(
-    item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinking: bool | None, reply: bool
+    item: Any, tokenizer: "PreTrainedTokenizerBase | None", thinking: bool | None, reply: bool, most: int | None
 ) -> TokenizedText:
     if isinstance(item, list | tuple) and item and all(_is(part, int) for part in item):
+        _check_length(item, most)
         return _from_ids([int(part) for part in item], tokenizer)
     if tokenizer is None:
         raise QwenScopeError(
@@ -99,10 +106,20 @@ def _tokenize_one(
     ids = list(encoded["input_ids"])
     if not ids:
         raise QwenScopeError(f"expected a text of at least one token, found {text!r}, which has none; pass some text")
+    _check_length(ids, most)
     if not fast:
         return _from_ids(ids, tokenizer)
     spans = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
     return TokenizedText(text, ids, _decode_each(ids, tokenizer), spans)
+
+
+class TooLong(QwenScopeError):
+    """A text of more tokens than are allowed."""
+
+
+def _check_length(ids: Sequence[int], most: int | None) -> None:
+    if most is not None and len(ids) > most:
+        raise TooLong(f"expected texts of at most {most} tokens, found one of {len(ids)}; shorten it")
 
 
 def apply_template(

@@ -83,8 +83,7 @@ class Steer:
         steering = Steering.of(list(self.steering))
         scope = self.source.open()
         if self.recipe is not None:
-            scope.changes(self.recipe)  # refuses a recipe of another suite
-            steering = Steering.of([steering, self.recipe])
+            steering = Steering.of([steering, self.recipe], scope.suite.name)
         inputs: list[Any] = [[{"role": "user", "content": text}] for text in prompts] if self.chat else list(prompts)
         if self.save is not None:
             scope.save_steering(self.save, steering)

@@ -1,5 +1,17 @@
 """A small sample of several kinds of text, for a first look without data of one's own. Written for this project."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from qwen_scope.backbone import Backbone
+from qwen_scope.features import SparseFeatures
+from qwen_scope.outliers import norm_outliers
+from qwen_scope.reading import read_rows
+from qwen_scope.suite import Suite
+from qwen_scope.tokens import tokenize
+
 SAMPLE_TEXTS = [
     "The city council voted on Tuesday to close the old bridge for repairs until the spring. Engineers had found cracks "
     "in two of its steel supports during a routine inspection last month. Buses will be sent over the northern "
@@ -32,3 +44,23 @@ SAMPLE_TEXTS = [
     "under the applicable law.",
 ]
 """Ten texts: news, science, code, dialogue, fiction, French, German, instructions, arithmetic and law."""
+
+
+@torch.no_grad()
+def sample_features(backbone: Backbone, suite: Suite, layer: int) -> Iterator[SparseFeatures]:
+    """The features of a layer at the tokens of the sample but position 0 and norm outliers, some texts at a time, on the CPU.
+
+    Of a model with a short context, as much of each text as it can read.
+
+    Raises:
+        QwenScopeError: a model without a tokenizer.
+    """
+    whole, _ = tokenize(SAMPLE_TEXTS, backbone.tokenizer)
+    texts = [replace(text, ids=text.ids[: backbone.context_length]) for text in whole]
+    sae = suite[layer]
+    for order, residuals in read_rows(texts, backbone, [layer]):
+        x = residuals[layer]
+        first = torch.zeros(len(x), dtype=torch.bool)
+        first[torch.tensor([0, *(len(texts[text]) for text in order[:-1])]).cumsum(0)] = True
+        kept = ~norm_outliers(x) & ~first.to(x.device)
+        yield sae.encode(x[kept].to(sae.device)).to("cpu")

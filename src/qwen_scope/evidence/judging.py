@@ -70,6 +70,8 @@ class Judgement:
     """The steering's best coherent strength above 0; None if none is coherent."""
     effect: float | None
     """Its mean effect over the judged prompts."""
+    perplexity: tuple[float | None, float | None] | None
+    """Median perplexity of its texts over the judged prompts, and of unsteered ones; None for texts that are all empty."""
     comparisons: list[Comparison]
     """With every control that is coherent at any strength."""
     left_out: list[str]
@@ -115,7 +117,7 @@ def judge(arms: Sequence[Arm], cells: Cells, config: SweepConfig) -> Judgement:
     best = best_of(STEERED, [s for s in strengths if s > 0])
     if best is None:
         why = "at no strength are its texts coherent: all are too unlikely to the unsteered model, or repeat themselves"
-        return Judgement(selection, judged, None, None, [], [], False, why)
+        return Judgement(selection, judged, None, None, None, [], [], False, why)
     mine = cells[STEERED, best].of(judged)
     chosen: dict[str, tuple[str, float | None]] = {"unsteered": (STEERED, 0.0)}
     if negative := [s for s in strengths if s < 0]:
@@ -129,9 +131,10 @@ def judge(arms: Sequence[Arm], cells: Cells, config: SweepConfig) -> Judgement:
             difference = bootstrap(mine.effect - other, config.resamples, config.seed)
             comparisons.append(Comparison(control, strength, float(other.mean()), difference))
     left_out = [control for control, (_, strength) in chosen.items() if strength is None]
-    effect = float(mine.effect.mean())
-    verdict, why = _verdict(best, effect, mine, unsteered.of(judged), comparisons, config)
-    return Judgement(selection, judged, best, effect, comparisons, left_out, verdict, why)
+    effect, plain = float(mine.effect.mean()), unsteered.of(judged)
+    first, second = (p if p < float("inf") else None for p in (mine.median_perplexity, plain.median_perplexity))
+    verdict, why = _verdict(best, effect, mine, plain, comparisons, config)
+    return Judgement(selection, judged, best, effect, (first, second), comparisons, left_out, verdict, why)
 
 
 def _verdict(

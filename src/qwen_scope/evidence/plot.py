@@ -68,6 +68,8 @@ def _effect(panel: Any, report: SweepReport) -> None:
 
 
 def _perplexity(panel: Any, report: SweepReport) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
     for arm in _arms(report, "random"):
         there = [point for point in arm if point.perplexity]
         panel.plot([p.strength for p in there], [p.perplexity for p in there], color=RANDOM, linewidth=0.9, alpha=0.8)
@@ -90,6 +92,10 @@ def _perplexity(panel: Any, report: SweepReport) -> None:
         panel.axhline(factor * unsteered, color=LIMIT, linewidth=1, label=f"{factor:g} times unsteered")
         panel.legend(frameon=False, fontsize=8)
     panel.set_yscale("log")
+    # The formatters of a logarithmic axis write powers as mathematics, which is turned off.
+    for which in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        which(StrMethodFormatter("{x:g}"))
+    panel.tick_params(axis="y", which="both", labelsize=8)
     panel.set_ylabel("median perplexity", fontsize=8)
     panel.set_xlabel("strength: multiples of the steering")
     panel.grid(alpha=0.25)

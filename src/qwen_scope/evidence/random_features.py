@@ -12,14 +12,11 @@ from torch import Tensor
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.evaluation.sample import SAMPLE_TEXTS
+from qwen_scope.evaluation.sample import sample_features
 from qwen_scope.fingerprint import fingerprint
-from qwen_scope.outliers import norm_outliers
-from qwen_scope.reading import read_rows
 from qwen_scope.scope import Scope
 from qwen_scope.steering import Edit, Steering
 from qwen_scope.suite import Suite
-from qwen_scope.tokens import tokenize
 
 POOL = 50
 """Features of like density that each random one is drawn from."""
@@ -110,20 +107,11 @@ def index_densities(index: FeatureIndex) -> Densities:
     )
 
 
-@torch.no_grad()
 def measured_density(backbone: Backbone, suite: Suite, layer: int) -> Float[Tensor, " d_sae"]:
     """The share of tokens at which each feature of a layer fires in the sample of texts, without position 0 and norm
     outliers."""
-    whole, _ = tokenize(SAMPLE_TEXTS, backbone.tokenizer)
-    texts = [replace(text, ids=text.ids[: backbone.context_length]) for text in whole]
-    sae = suite[layer]
-    fired, tokens = torch.zeros(sae.d_sae, dtype=torch.float64), 0
-    for order, residuals in read_rows(texts, backbone, [layer]):
-        x = residuals[layer]
-        first = torch.zeros(len(x), dtype=torch.bool)
-        first[torch.tensor([0, *(len(texts[text]) for text in order[:-1])]).cumsum(0)] = True
-        kept = ~norm_outliers(x) & ~first.to(x.device)
-        found = sae.encode(x[kept].to(sae.device))
-        fired += torch.bincount(found.indices[found.values > 0].cpu(), minlength=sae.d_sae).double()
-        tokens += int(kept.sum())
+    fired, tokens = torch.zeros(suite[layer].d_sae, dtype=torch.float64), 0
+    for found in sample_features(backbone, suite, layer):
+        fired += torch.bincount(found.indices[found.active], minlength=found.d_sae).double()
+        tokens += len(found)
     return fired / max(1, tokens)

@@ -168,7 +168,7 @@ def page(report: SweepReport, plot: str) -> str:
     """The report as Markdown."""
     judgement, config = report.judgement, report.config
     head = f"# Sweep: {_code(report.steering)}\n\n**{report.verdict}**: {judgement.why}.\n\n"
-    said = "".join(f"{note.capitalize()}.\n\n" for note in notes(report))
+    said = "".join(f"{note[0].upper()}{note[1:]}.\n\n" for note in notes(report))
     about = (
         f"Effect: {_plain(report.effect)}. Model {_plain(report.model)}, SAEs {_plain(report.suite)}. "
         f"{len(report.prompts)} prompts with {config.seeds} seed{'s' if config.seeds > 1 else ''} each, "

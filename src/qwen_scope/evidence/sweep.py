@@ -26,6 +26,7 @@ from qwen_scope.generation import Sampling
 from qwen_scope.generation.generate import ROWS, generate
 from qwen_scope.scope import Scope
 from qwen_scope.steering import Steering
+from qwen_scope.steering.recipe import model_name
 from qwen_scope.stopping import Stopped, stopping
 from qwen_scope.tokens import TokenizedText, tokenize
 
@@ -62,7 +63,7 @@ def sweep(
         QwenScopeError: a steering, effect or prompts that cannot be, or a folder with another sweep.
         Stopped: somebody asked for it; what was generated is in the folder.
     """
-    steering = Steering.of(steering)
+    steering = Steering.of(steering, scope.suite.name)
     if not steering:
         raise QwenScopeError("expected a steering to sweep over, found an empty one; such as 15/1037:1x@generated")
     prompts = list(prompts)
@@ -77,7 +78,7 @@ def sweep(
     others = random_steerings(steering, raw, scope.suite, known, config.random_features, config.seed)
     arms = arms_of(steering, others, prompts, config)
     about = {
-        "model": scope.backbone.name,
+        "model": model_name(scope.backbone, scope.suite),
         "suite": scope.suite.name,
         "fingerprint": fingerprint(scope.suite, steering.layers),
         "steering": str(

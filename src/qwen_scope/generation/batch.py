@@ -32,8 +32,6 @@ class Batch:
         self.backbone, self.suite = backbone, suite
         self.rows: list[Continuation] = []
         """The texts that go on."""
-        self.steps = 0
-        """Forward passes that generated a token of each row."""
         self._cache = RowCache()
         self._changes = Changes([], suite)
 
@@ -87,7 +85,6 @@ class Batch:
                 use_cache=True,
             )
         self._cache.after_step()
-        self.steps += 1
         broken = self._draw(out.logits[:, -1], self.rows)
         gone = {id(text) for text, _ in broken} | {id(row) for row in self.rows if row.finish is not None}
         if gone:

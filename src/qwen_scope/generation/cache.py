@@ -79,7 +79,7 @@ class RowCache:
             )
         longer = max(0, length - self.longest)
         if len(self.lengths) >= self.rows or longer > self.start or not self.lengths:
-            self._make_room(max(1, self.rows, 2 * len(self.lengths)), longer)
+            self._make_room(len(self.lengths) + 1, longer)
         self.start -= longer
         end = self.start + max(self.longest, length)
         for layer, source in zip(self._layers, prompt.layers, strict=True):
@@ -100,7 +100,7 @@ class RowCache:
     def before_step(self) -> None:
         """Sees to it that there is room for one more token of each row."""
         if self.end >= self.columns:
-            self._make_room(self.rows, 0)
+            self._make_room(len(self.lengths), 0)
 
     def after_step(self) -> None:
         """Notes that the model has read one more token of each row."""
@@ -115,11 +115,13 @@ class RowCache:
         return (columns >= longest - torch.tensor(self.lengths)[:, None]).long().to(device)
 
     def _make_room(self, rows: int, left: int) -> None:
-        """Moves everything into buffers for so many rows, with so many columns free on the left and some on the right.
+        """Moves everything into buffers for at least so many rows, with so many columns free on the left and some on the right.
 
-        Columns of rows that have left are not taken along, so that memory follows the texts there are.
+        Rows that have left, and their columns, are not taken along, so that memory follows the texts there are.
         """
-        self.rows, self.columns = rows, left + self.longest + max(ROOM, self.longest // 2)
+        # A power of two, so that many rows that join one after another are moved a few times only.
+        self.rows = 1 << (rows - 1).bit_length()
+        self.columns = left + self.longest + max(ROOM, self.longest // 2)
         for layer in self._layers:
             layer.move(len(self.lengths), self.start, self.end, left)
         self.start = left

@@ -79,7 +79,8 @@ class Continuation:
             return None
         self._ids.append(id)
         self._text += self._decoded()
-        stopped = [at for text in self.sampling.stop if (at := self._text.find(text)) >= 0]
+        # What was told already cannot be the start of a stop text.
+        stopped = [at for text in self.sampling.stop if (at := self._text.find(text, self._told)) >= 0]
         full = len(self._ids) >= self._room
         if stopped:
             self._text = self._text[: min(stopped)]
@@ -145,7 +146,8 @@ class Continuation:
         held = 0
         for text in self.sampling.stop:
             for size in range(min(len(text) - 1, len(self._text)), held, -1):
-                if self._text.endswith(text[:size]):
+                # Looking at one character first spares making nearly all of these pieces.
+                if text[size - 1] == self._text[-1] and self._text.endswith(text[:size]):
                     held = size
                     break
         return len(self._text) - held

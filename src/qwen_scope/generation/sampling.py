@@ -69,8 +69,7 @@ def draw(logits: Float[Tensor, " vocabulary"], sampling: Sampling, generator: to
     of one seed draw the same token unless their distributions tell it apart."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    # Below the highest, so that no temperature, however low, makes it infinite.
-    scores = logits[None].float() - logits.max()
+    scores = logits[None].float()
     nothing: Any = torch.empty(1, 0, dtype=torch.long, device=logits.device)
     scores = TemperatureLogitsWarper(max(float(sampling.temperature), LOWEST_TEMPERATURE))(nothing, scores)
     if sampling.top_k:

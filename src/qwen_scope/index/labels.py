@@ -8,7 +8,9 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -53,8 +55,8 @@ class Imported:
 class Labels:
     """Labels by feature, kept as lines of JSON to which new ones are added.
 
-    Of each author the newest counts, and a hand's before any model's. Other processes may add lines meanwhile: what is read
-    is what lies there at that moment.
+    Of each author the newest counts, and a hand's before any model's. Other threads and processes may add lines meanwhile:
+    what is read is what lies there at that moment.
 
     Args:
         path: the file that new labels go to; made when the first one is written.
@@ -66,7 +68,9 @@ class Labels:
         self.path = path
         self.below = below
         self.about = about
+        self._lock = Lock()
         self._read_at: _State | None = None
+        # Never changed, only replaced: another thread may be walking through it.
         self._found: dict[Key, dict[str, Label]] = {}
 
     @staticmethod
@@ -200,26 +204,27 @@ class Labels:
             for key, label in labels
         ]
         data = b"".join(_line(key, label) for key, label in labels)
-        before = self._state()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                # A line that a crash cut short must not swallow this one.
-                start = b"\n" if file.tell() and not _ends_a_line(self.path) else b""
-                file.write(start + data)
-                file.flush()
-                os.fsync(file.fileno())
-                stat = os.fstat(file.fileno())
-        except OSError as error:
-            raise QwenScopeError(
-                f"expected to write labels to {self.path}, found that it cannot be done ({error.strerror or error}); choose "
-                "another place for the index"
-            ) from error
-        # If nobody else wrote meanwhile, what was read is still right, and a long run need not read it all each time.
-        size = before[1][1] if before[1] else 0
-        if before == self._read_at and stat.st_size == size + len(start) + len(data):
-            _take(self._found, labels)
-            self._read_at = before[0], (stat.st_mtime_ns, stat.st_size)
+        with self._lock:
+            before = self._state()
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("ab") as file:
+                    # A line that a crash cut short must not swallow this one.
+                    start = b"\n" if file.tell() and not _ends_a_line(self.path) else b""
+                    file.write(start + data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    stat = os.fstat(file.fileno())
+            except OSError as error:
+                raise QwenScopeError(
+                    f"expected to write labels to {self.path}, found that it cannot be done ({error.strerror or error}); choose "
+                    "another place for the index"
+                ) from error
+            # If nobody else wrote meanwhile, what was read is still right, and a long run need not read it all each time.
+            size = before[1][1] if before[1] else 0
+            if before == self._read_at and stat.st_size == size + len(start) + len(data):
+                self._found = _taken(self._found, labels)
+                self._read_at = before[0], (stat.st_mtime_ns, stat.st_size)
 
     def _ordered(self, by: dict[str, Label]) -> list[Label]:
         newest_first = [label for label in reversed(by.values()) if label.text]
@@ -229,14 +234,14 @@ class Labels:
         return _stat(self.below), _stat(self.path)
 
     def _by_feature(self) -> dict[Key, dict[str, Label]]:
-        state = self._state()
-        if state != self._read_at:
-            self._found = {}
-            for path in (self.below, self.path):
+        with self._lock:
+            state = self._state()
+            if state != self._read_at:
+                lines = chain.from_iterable(_lines(path) for path in (self.below, self.path) if path)
                 # A file that somebody put here may be of an index with other layers.
-                _take(self._found, (pair for pair in _lines(path) if self._has(pair[0])) if path else ())
-            self._read_at = state
-        return self._found
+                self._found = _taken({}, (pair for pair in lines if self._has(pair[0])))
+                self._read_at = state
+            return self._found
 
 
 _SCHEMA = pa.schema(
@@ -313,12 +318,17 @@ def _ends_a_line(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def _take(found: dict[Key, dict[str, Label]], labels: Iterable[tuple[Key, Label]]) -> None:
-    """Adds labels to those found before, the newest of each author last."""
+def _taken(found: dict[Key, dict[str, Label]], labels: Iterable[tuple[Key, Label]]) -> dict[Key, dict[str, Label]]:
+    """Those found before and these, the newest of each author last."""
+    together = dict(found)
+    own: set[Key] = set()
     for key, label in labels:
-        by = found.setdefault(key, {})
-        by.pop(label.by, None)
-        by[label.by] = label
+        if key not in own:
+            own.add(key)
+            together[key] = dict(together.get(key, {}))
+        together[key].pop(label.by, None)
+        together[key][label.by] = label
+    return together
 
 
 def _line(key: Key, label: Label, more: dict[str, str] | None = None) -> bytes:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 TOP = 8
 """Features of each token and layer where nobody says how many."""
+MOST_TOLD = 500_000
+"""Features of all tokens and layers that one answer tells: some 25 MB as text, and ten times that while it is made."""
 MOST_HITS = 100
 """Features that a search gives at most."""
 
@@ -194,6 +196,14 @@ def read_features(scope: Scope, config: ServerConfig, asked: FeaturesRequest, na
             400,
             f"expected at most {config.max_feature_tokens} tokens of all texts, found {total}; send fewer at a time",
             where,
+        )
+    layers = scope.layers if asked.layers is None else set(asked.layers)
+    if (told := total * len(layers) * min(asked.top or TOP, scope.suite.k)) > MOST_TOLD:
+        raise Refused(
+            400,
+            f"expected at most {MOST_TOLD} features to tell, found {told} of all tokens and layers; ask for fewer layers, a "
+            "smaller top, or less text",
+            "top" if asked.top else where,
         )
     try:
         found = scope.features(inputs, layers=asked.layers, thinking=asked.thinking)

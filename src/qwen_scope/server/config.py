@@ -23,7 +23,7 @@ class ServerConfig:
     """Texts generated at once; also the most that one request may ask for."""
     max_queued: int = 256
     """Texts that wait for their turn."""
-    max_batch_tokens: int = 65_536
+    max_batch_tokens: int = 73_728
     """Tokens of memory for all texts at once: their number times the length that the longest can reach. What would exceed it
     waits, unless it is alone."""
     max_prompt_tokens: int = 8192

@@ -17,14 +17,14 @@ from qwen_scope.errors import QwenScopeError
 from qwen_scope.generation.continuation import Continuation
 from qwen_scope.generation.generate import continuation
 from qwen_scope.server.answers import END, Answer, event, to_json
-from qwen_scope.server.engine import Engine, News, Ticket
+from qwen_scope.server.engine import Engine, News, Ticket, late
 from qwen_scope.server.refused import Refused
 from qwen_scope.server.requests import Asked, ChatRequest, check_steering
 from qwen_scope.steering.changes import Change
 from qwen_scope.steering.steering import Steering
 from qwen_scope.steering.trace import Trace
 from qwen_scope.steering.trace import trace as traced
-from qwen_scope.tokens import TokenizedText, tokenize
+from qwen_scope.tokens import TokenizedText, TooLong, tokenize
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
@@ -87,8 +87,9 @@ async def answer(request: Request, asked: Asked, engine: Engine, form: Answer, r
     traces: list[Trace | None] = [None] * len(texts)
     if asked.trace:
         async with reading:
-            traces = await asyncio.to_thread(_traces, engine.scope, texts)
-    return Json(form.whole(texts, traces))
+            traces = await asyncio.to_thread(_traces, engine.scope, engine.config, ticket)
+    # Not in the event loop: many texts with many candidates make an answer that takes seconds to write down.
+    return await asyncio.to_thread(lambda: Json(form.whole(texts, traces)))
 
 
 def prepared(scope: Scope, config: ServerConfig, asked: Asked) -> list[Continuation]:
@@ -97,16 +98,18 @@ def prepared(scope: Scope, config: ServerConfig, asked: Asked) -> list[Continuat
     Raises:
         Refused: a prompt, steering or sampling that cannot be, or that the server does not allow.
     """
-    samplings = asked.samplings(config)
     where = "messages" if isinstance(asked, ChatRequest) else "prompt"
-    prompts = tokenized(scope, asked.inputs(), config, where, thinking=asked.thinking, reply=True)
-    most = min(config.max_rows, config.max_queued)
-    if len(prompts) * len(samplings) > most:
+    inputs, each, most = asked.inputs(), asked.n or 1, min(config.max_rows, config.max_queued)
+    # Before anything is made for each of them: a short body can ask for very many.
+    several = where == "prompt" and isinstance(inputs, list) and not isinstance(next(iter(inputs), None), int)
+    if (count := len(inputs) if several else 1) * each > most:
         raise Refused(
             400,
-            f"expected at most {most} texts at once, found {len(prompts)} prompts and n of {len(samplings)}; ask for fewer",
-            "n" if len(samplings) > 1 else where,
+            f"expected at most {most} texts at once, found {count} prompts and n of {each}; ask for fewer",
+            "n" if each > 1 else where,
         )
+    samplings = asked.samplings(config)
+    prompts = tokenized(scope, inputs, config, where, thinking=asked.thinking, reply=True)
     row = _row(scope, config, asked.steering)
     texts = []
     for prompt in prompts:
@@ -127,17 +130,12 @@ def tokenized(
         Refused: none, or one that is too long.
     """
     try:
-        texts, _ = tokenize(inputs, scope.backbone.tokenizer, thinking=thinking, reply=reply)
+        most = config.max_prompt_tokens
+        return tokenize(inputs, scope.backbone.tokenizer, thinking=thinking, reply=reply, most=most)[0]
+    except TooLong as error:
+        raise Refused(400, str(error), where, "context_length_exceeded") from error
     except QwenScopeError as error:
         raise Refused.of(error, where) from error
-    if (longest := max(map(len, texts))) > config.max_prompt_tokens:
-        raise Refused(
-            400,
-            f"expected texts of at most {config.max_prompt_tokens} tokens, found one of {longest}; shorten it",
-            where,
-            "context_length_exceeded",
-        )
-    return texts
 
 
 def _row(scope: Scope, config: ServerConfig, given: Any) -> list[Change]:
@@ -158,12 +156,15 @@ def _row(scope: Scope, config: ServerConfig, given: Any) -> list[Change]:
         raise Refused.of(error, "steering") from error
 
 
-def _traces(scope: Scope, texts: list[Continuation]) -> list[Trace | None]:
-    results = [text.result() for text in texts]
-    return [
-        traced(scope.backbone, scope.suite, [*result.prompt_ids, *result.ids], len(result.prompt_ids), text.row)
-        for text, result in zip(texts, results, strict=True)
-    ]
+def _traces(scope: Scope, config: ServerConfig, ticket: Ticket) -> list[Trace | None]:
+    found: list[Trace | None] = []
+    for text in ticket.texts:
+        if time.monotonic() >= ticket.deadline:
+            # Nobody waits any more, and all that is generated waits for the model meanwhile.
+            raise late(config.max_seconds)
+        ids = [token.id for token in text.tokens]
+        found.append(traced(scope.backbone, scope.suite, [*text.prompt.ids, *ids], len(text.prompt), text.row))
+    return found
 
 
 async def streamed(request: Request, ticket: Ticket, engine: Engine, form: Answer) -> AsyncGenerator[bytes]:

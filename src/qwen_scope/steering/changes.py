@@ -32,8 +32,13 @@ class Change:
     """`W_dec[:, f]`, float32, on the SAE's device."""
 
 
-def changes(steering: Steering, suite: Suite, maxima: Maxima) -> list[Change]:
+def changes(steering: Steering, suite: Suite, maxima: Callable[[], Maxima]) -> list[Change]:
     """The edits of a steering made ready.
+
+    Args:
+        steering: the edits.
+        suite: whose features they are.
+        maxima: gives what strengths in `x` are counted in; asked only where there are any.
 
     Raises:
         QwenScopeError: a layer or feature that the suite does not have, or one that never fires with a strength in `x`.
@@ -49,7 +54,7 @@ def changes(steering: Steering, suite: Suite, maxima: Maxima) -> list[Change]:
             raise QwenScopeError(
                 f"expected a feature from {edit.layer}/0 to {edit.layer}/{sae.d_sae - 1}, found {edit.name}; choose one of those"
             )
-        unit = maxima(edit.layer, edit.number) if edit.unit == "x" else 1.0
+        unit = maxima()(edit.layer, edit.number) if edit.unit == "x" else 1.0
         strength = 0.0 if edit.how == "ablate" else edit.strength * unit
         # decoder_rows() would re-lay the whole matrix for the sake of one column.
         ready.append(Change(edit, strength, sae.W_dec[:, edit.number].detach().float().contiguous()))
@@ -182,7 +187,7 @@ class Changes:
         place = (needed.flatten().cumsum(0) - 1).view(needed.shape)
 
         def value(row: int, number: int, where: Tensor) -> Tensor:
-            return found[place[row][where.cpu()].to(sae.device)].activation(number).clamp_min(0).to(x.device)
+            return found[place[row][where.cpu()].to(sae.device)].activation(number).to(x.device)
 
         return value
 

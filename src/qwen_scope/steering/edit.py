@@ -13,7 +13,7 @@ from qwen_scope.steering.where import Where
 
 How = Literal["add", "clamp", "scale", "ablate"]
 """What is written into the residual stream h, d being the feature's direction `W_dec[:, f]` and a its value as the SAE reads
-it there (0 where it is not among the k kept):
+it there (0 where it is not among the k kept; below 0 where an SAE of `topk` keeps such a value):
 
 - `add`: `h + strength * d` (the report, section 3);
 - `clamp`: `h + (strength - a) * d`, so that the feature contributes as if it had that value;

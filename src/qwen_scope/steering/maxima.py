@@ -12,13 +12,10 @@ from torch import Tensor
 from qwen_scope.backbone import Backbone
 from qwen_scope.bundled import maxima_file
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.evaluation.sample import SAMPLE_TEXTS
+from qwen_scope.evaluation.sample import sample_features
 from qwen_scope.files import read_safetensors
 from qwen_scope.fingerprint import fingerprint
-from qwen_scope.outliers import norm_outliers
-from qwen_scope.reading import read_rows
 from qwen_scope.suite import Suite
-from qwen_scope.tokens import TokenizedText, tokenize
 
 
 class Maxima:
@@ -62,14 +59,14 @@ def maxima_of(backbone: Backbone, suite: Suite) -> Maxima:
     """
     tensors, metadata = read_safetensors(maxima_file())
     known = json.loads(metadata["fingerprints"])
-    if all(
-        known.get(str(layer)) == fingerprint(suite, [layer]) for layer in suite.layers if str(layer) in known
-    ) and set(map(str, suite.layers)) <= set(known):
+    # Only if it has all layers: to tell a suite by its weights loads them.
+    if {str(layer) for layer in suite.layers} <= set(known) and all(
+        known[str(layer)] == fingerprint(suite, [layer]) for layer in suite.layers
+    ):
         return Maxima(lambda layer: tensors[f"layer{layer}"], "the index that comes with the package")
     return Maxima(lambda layer: measured(backbone, suite, layer), "a sample of texts (harvest an index for more)")
 
 
-@torch.no_grad()
 def measured(backbone: Backbone, suite: Suite, layer: int) -> Float[Tensor, " d_sae"]:
     """The highest activations of a layer in the sample of texts, without position 0 and norm outliers.
 
@@ -81,20 +78,7 @@ def measured(backbone: Backbone, suite: Suite, layer: int) -> Float[Tensor, " d_
             "expected a tokenizer, to measure the highest activation of features, found none; give strengths without x, in raw "
             "units of activation"
         )
-    most = backbone.context_length
-    texts = [
-        # Of a model with a short context, as much as it can read.
-        TokenizedText(text.text, text.ids[:most], text.tokens[:most], text.spans[:most])
-        for text in tokenize(SAMPLE_TEXTS, backbone.tokenizer)[0]
-    ]
-    sae = suite[layer]
-    highest = torch.zeros(sae.d_sae)
-    for order, residuals in read_rows(texts, backbone, [layer]):
-        x = residuals[layer]
-        first = torch.zeros(len(x), dtype=torch.bool)
-        starts = torch.tensor([0, *(len(texts[text]) for text in order[:-1])]).cumsum(0)
-        first[starts] = True
-        kept = ~norm_outliers(x) & ~first.to(x.device)
-        found = sae.encode(x[kept].to(sae.device))
-        highest = highest.scatter_reduce(0, found.indices.flatten().cpu(), found.values.flatten().cpu(), "amax")
+    highest = torch.zeros(suite[layer].d_sae)
+    for found in sample_features(backbone, suite, layer):
+        highest = highest.scatter_reduce(0, found.indices.flatten(), found.values.flatten(), "amax")
     return highest

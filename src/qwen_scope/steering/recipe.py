@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import expanded, replacing
+from qwen_scope.files import expanded, is_folder, replacing
+from qwen_scope.suite import Suite
 
 FORMAT = "qwen-scope steering 1"
 MOST_BYTES = 2**20
@@ -67,3 +69,13 @@ class Recipe:
         if set(content) != names or not all(isinstance(value, str) for value in content.values()):
             raise QwenScopeError(f"expected the fields of a steering recipe in {place}, found others; save it again")
         return Recipe(**content)
+
+
+def model_name(backbone: Backbone, suite: Suite) -> str:
+    """What files that go elsewhere call the model: its hub id; never where it lies on this machine.
+
+    Of a model loaded from a folder it is what the suite says, else the folder's own name.
+    """
+    if is_folder(backbone.name):
+        return suite.backbone or expanded(backbone.name).resolve().name
+    return backbone.name

@@ -37,14 +37,17 @@ class Steering:
                 )
 
     @staticmethod
-    def of(given: Any) -> Steering:
+    def of(given: Any, suite: str | None = None) -> Steering:
         """Whatever says how to steer: text (edits with spaces between, see `Edit.parse`), an `Edit`, a mapping as `to_dict`
         gives, a list of those, the path of a saved recipe, a `Steering`, or None for nothing.
 
+        Args:
+            suite: name of the suite that recipes must be for; left out, they may be for any.
+
         Raises:
-            QwenScopeError: anything else.
+            QwenScopeError: anything else, or a recipe for another suite.
         """
-        return _read(given, MOST_NESTED)
+        return _read(given, suite, MOST_NESTED)
 
     @property
     def layers(self) -> list[int]:
@@ -84,7 +87,7 @@ class Steering:
         return f"Steering({json.dumps(str(self))})"
 
 
-def _read(given: Any, levels: int) -> Steering:
+def _read(given: Any, suite: str | None, levels: int) -> Steering:
     """What `Steering.of` does, with so many levels of lists at most."""
     if isinstance(given, Steering):
         return given
@@ -93,7 +96,12 @@ def _read(given: Any, levels: int) -> Steering:
     if isinstance(given, Edit):
         return Steering((given,))
     if isinstance(given, Path):
-        return _read(Recipe.load(given).steering, levels)
+        recipe = Recipe.load(given)
+        if suite not in (None, recipe.suite):
+            raise QwenScopeError(
+                f"expected a recipe for {suite}, found {given}, which is for {recipe.suite} on {recipe.model}; use its suite"
+            )
+        return _read(recipe.steering, suite, levels)
     if isinstance(given, str):
         return Steering(tuple(Edit.parse(part) for part in given.split()))
     if isinstance(given, Mapping):
@@ -107,7 +115,7 @@ def _read(given: Any, levels: int) -> Steering:
         else:
             return Steering((Edit.from_dict(dict(given)),))
     if isinstance(given, Sequence) and levels:
-        return Steering(tuple(edit for item in given for edit in _read(item, levels - 1).edits))
+        return Steering(tuple(edit for item in given for edit in _read(item, suite, levels - 1).edits))
     raise QwenScopeError(
         f"expected a steering such as '12/6159:2x', found a {type(given).__name__}; pass text, edits or a list of them"
     )

@@ -157,7 +157,7 @@ def _edit(
     sae = suite[edit.layer]
 
     def reading(x: Tensor) -> float:
-        return float(sae.encode(x.to(sae.device)).activation(edit.number).clamp_min(0).mean())
+        return float(sae.encode(x.to(sae.device)).activation(edit.number).mean())
 
     unsteered = plain[edit.layer][where.to(left.device)]
     return EditTrace(

@@ -23,6 +23,7 @@ from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, replacing, write_safetensors
 from qwen_scope.steering.changes import Change
+from qwen_scope.steering.recipe import model_name
 from qwen_scope.suite import Suite
 
 FORMAT = "qwen-scope control vectors 1"
@@ -74,8 +75,7 @@ def save_vectors(path: str | Path, changes: Sequence[Change], backbone: Backbone
     """
     place, vectors = expanded(path), control_vectors(changes)
     steering = " ".join(str(change.edit) for change in changes)
-    # Not where the model lies on this machine, if the suite says what it is.
-    model = suite.backbone or backbone.name
+    model = model_name(backbone, suite)
     if place.suffix == ".gguf":
         save_gguf(place, vectors, model_hint(backbone), f"{steering} of {suite.name} on {model}")
     elif place.suffix == ".safetensors":

@@ -101,11 +101,20 @@ class Where:
         """Whether both can steer the same token, in some prompt."""
         if (self.prompt and other.prompt) or (self.generated and other.generated):
             return True
-        if any(((a < 0) != (c < 0)) or ((b < 0) != (d < 0)) for a, b in self.positions for c, d in other.positions):
+        ends = (*self.positions, *other.positions)
+        if self.positions and other.positions and any(len({each[at] < 0 for each in ends}) > 1 for at in (0, 1)):
             # Of one counted from the prompt's start and one from its end, no matter how far apart: some prompt is so short.
             return True
-        mine, theirs = self._signed(), other._signed()
-        return any(a <= d and c <= b for a, b in mine for c, d in theirs)
+        # In order of their starts, so that long lists, which a server may be sent, need no look at every pair.
+        furthest: list[float | None] = [None, None]
+        for first, last, whose in sorted(
+            (*each, n) for n, where in enumerate((self, other)) for each in where._signed()
+        ):
+            theirs, mine = furthest[1 - whose], furthest[whose]
+            if theirs is not None and first <= theirs:
+                return True
+            furthest[whose] = last if mine is None else max(mine, last)
+        return False
 
     def _signed(self) -> list[tuple[float, float]]:
         """Positions as intervals; all of the prompt is every position but 0, and those of mixed sign are anywhere."""
