@@ -210,13 +210,23 @@ def test_a_text_that_was_cut_ends_at_its_last_sentence():
 
 @pytest.mark.parametrize(
     ("answer", "score"),
-    [("7", 7.0), ("8/10", 8.0), ("8 out of 10.", 8.0), ("Sports, so:\n**9.5**", 9.5), ("Relevance: 10", 10.0)],
+    [
+        ("7", 7.0),
+        ("8/10", 8.0),
+        ("8 out of 10.", 8.0),
+        ("Sports, so:\n**9.5**", 9.5),
+        ("Relevance: 10", 10.0),
+        ("**2**/10", 2.0),
+        ("3 (out of 10)", 3.0),
+        ("A 4 on a scale from 0 to 10.", 4.0),
+        ("15/905 is about sports: 6 of 10", 6.0),
+    ],
 )
 def test_relevance_is_the_last_number(answer: str, score: float):
     assert read_relevance(answer) == score
 
 
-@pytest.mark.parametrize("answer", ["very", "11", "7\nor so", "-"])
+@pytest.mark.parametrize("answer", ["very", "11", "7\nor so", "-", "-3"])
 def test_an_answer_without_a_relevance_is_none(answer: str):
     with pytest.raises(EndpointError, match="expected a number from 0 to 10"):
         read_relevance(answer)
@@ -520,6 +530,58 @@ def test_ctrl_c_keeps_what_was_written(scope: Scope, index: FeatureIndex, tmp_pa
     assert (tmp_path / "report.json").exists()
 
 
+def test_ctrl_c_is_heard_while_the_loaded_model_writes_all_that_is_left(
+    scope: Scope, index: FeatureIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    module = sys.modules["qwen_scope.data.synthesis.writers"]
+    generate = module.generate
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return generate(*given, **options)
+
+    monkeypatch.setattr(module, "generate", interrupted)
+    for rows in (1, 2):
+        with pytest.raises(Stopped, match="the same command goes on"):
+            synthesize(scope, index, [f"1/{DEAF}"], tmp_path, QUICK)
+        assert len(texts_of(tmp_path)) == rows
+    assert synthesize(scope, index, [f"1/{DEAF}"], tmp_path, QUICK).aimed.texts == 2
+
+
+def test_an_answer_that_cannot_be_kept_is_a_sentence(scope: Scope, index: FeatureIndex, tmp_path: Path):
+    path = tmp_path / "out" / "attempts.jsonl"
+
+    def answer(question: str) -> Reply:
+        path.unlink()
+        path.mkdir()
+        return completion("a text")
+
+    with serving(answer) as server, pytest.raises(QwenScopeError, match="found that it cannot be done"):
+        synthesize(scope, index, ["1/0"], tmp_path / "out", REMOTE, endpoint=endpoint(server))
+
+
+def test_an_answer_with_half_a_character_is_kept(scope: Scope, index: FeatureIndex, tmp_path: Path):
+    with serving(lambda _: completion("the capital \ud83d of Italy")) as server:
+        report = synthesize(scope, index, ["1/0"], tmp_path, REMOTE, endpoint=endpoint(server))
+    assert report.aimed.texts > 0
+    assert report.failed == {}
+    assert texts_of(tmp_path)[0]["text"] == "the capital ? of Italy"
+
+
+def test_rewrites_are_not_counted_as_texts_that_were_wanted(scope: Scope, index: FeatureIndex, tmp_path: Path):
+    numbers = count(1)
+    config = replace(REMOTE, attempts=1, per_target=2, styles=("in verse",))
+    with serving(
+        lambda _: completion(f"the capital {next(numbers)} of {next(numbers)} Italy {next(numbers)}")
+    ) as server:
+        target = next(n for n in fires(scope, "the capital of Italy") if n < len(WORDS) and n != DEAF)
+        first = synthesize(scope, index, [f"1/{target}"], tmp_path, config, endpoint=endpoint(server))
+        assert first.kept == 2
+        more = replace(config, attempts=2)
+        synthesize(scope, index, [f"1/{target}"], tmp_path, more, endpoint=endpoint(server))
+    assert [row["attempt"] for row in texts_of(tmp_path) if not row["style"]] == [0, 1]
+
+
 def test_rows_of_an_unknown_kind_are_passed_over(tmp_path: Path):
     kept = Kept(tmp_path / "a.jsonl", {"of": 1})
     key = Key("aimed", "1/0", 0)
@@ -632,6 +694,9 @@ def test_a_search_finds_what_to_judge(index: FeatureIndex):
         ({"budget": 1.0}, "expected both prices"),
         ({"price_in": 1.0}, "found no price_out"),
         ({"seed": -1}, "expected a seed from 0"),
+        ({"temperature": -0.1}, "expected a temperature from 0"),
+        ({"temperature": float("nan")}, "expected a temperature from 0"),
+        ({"top_p": 0.0}, "expected top_p above 0"),
     ],
 )
 def test_options_that_cannot_be_are_a_sentence(unchecked, options: dict[str, Any], said: str):

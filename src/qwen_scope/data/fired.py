@@ -93,6 +93,7 @@ def read(
     *,
     means: bool = False,
     progress: bool = True,
+    places: Sequence[str] | None = None,
 ) -> Read:
     """Reads each item through the model and its SAEs, and keeps which features it fires (value > 0) and how much at most.
 
@@ -102,12 +103,34 @@ def read(
         position: see `Position`.
         means: whether to keep mean residuals too, as linear probes need them.
         progress: whether to show a bar.
+        places: where each text was, to say which one cannot be read.
 
     Raises:
         QwenScopeError: an item that cannot be read or is longer than the model's context, or a layer that is not there.
     """
-    tokenized, _ = tokenize(list(texts), scope.backbone.tokenizer)
+    if places is None:
+        tokenized, _ = tokenize(list(texts), scope.backbone.tokenizer)
+    else:
+        tokenized = [readable(scope, text, where) for text, where in zip(texts, places, strict=True)]
     return read_tokens(scope, tokenized, layers, position, means=means, progress=progress)
+
+
+def readable(scope: Scope, document: Document, where: str) -> TokenizedText:
+    """A text as the model reads it.
+
+    Raises:
+        QwenScopeError: it cannot be read, or is longer than the model's context; says where it was.
+    """
+    limit = scope.backbone.context_length
+    try:
+        (text,), _ = tokenize([document], scope.backbone.tokenizer)
+    except QwenScopeError as error:
+        raise QwenScopeError(f"{error} ({where})") from error
+    if limit is not None and len(text) > limit:
+        raise QwenScopeError(
+            f"expected an item of at most {limit} tokens, the model's context, in {where}, found {len(text)}; shorten it"
+        )
+    return text
 
 
 def read_tokens(

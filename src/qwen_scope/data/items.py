@@ -78,7 +78,7 @@ def read_items(
     def parsed(value: Any, where: str) -> tuple[Document, str]:
         if not named:
             return _document(value, where), ""
-        known = "" if label is None else str(_filled(value, label, where))
+        known = "" if label is None else str(as_document(str(_filled(value, label, where)), where))
         values = {name: _filled(value, name, where) for name in fields}
         text = value[column or "text"] if template is None else _formatted(template, values, where)
         return _document(text, where), known
@@ -89,6 +89,11 @@ def read_items(
         raise QwenScopeError(f"expected items in {place}, found none that can be used; give some")
     labels = None if label is None else [known for _, (_, known) in read]
     return Items([text for _, (text, _) in read], labels, [where for where, _ in read])
+
+
+def text_of(document: Document) -> str:
+    """A document as plain text: of messages, their contents one after another."""
+    return document if isinstance(document, str) else "\n".join(str(message["content"]) for message in document)
 
 
 def _fields(template: str) -> list[str]:
@@ -117,7 +122,9 @@ def _fields(template: str) -> list[str]:
 
 def _filled(row: dict[str, Any], name: str, where: str) -> Any:
     value = row[name]
-    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+    # NaN, which tables have where a number is missing, is the one value that is unlike itself.
+    missing = value is None or value == [] or (isinstance(value, float) and value != value)
+    if missing or (isinstance(value, str) and not value.strip()):
         raise QwenScopeError(f"expected a value of {name} in {where}, found none; fill it in or leave the row out")
     return value
 
@@ -125,7 +132,7 @@ def _filled(row: dict[str, Any], name: str, where: str) -> Any:
 def _formatted(template: str, values: dict[str, Any], where: str) -> str:
     try:
         return template.format(**values)
-    except (LookupError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise QwenScopeError(
             f"expected all that {template!r} names in {where}, found that it lacks some ({error}); change the template or the row"
         ) from error

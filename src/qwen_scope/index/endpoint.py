@@ -271,7 +271,8 @@ class Endpoint:
         self.tokens_written += written
         if not isinstance(text, str | None):
             raise self._nonsense(repr(text))
-        text = _THOUGHTS.sub("", text or "").strip()
+        # Lone surrogates, which JSON can hold, are no text to a file or a tokenizer.
+        text = _THOUGHTS.sub("", text or "").strip().encode("utf-8", "replace").decode("utf-8")
         if not text and cut:
             raise EndpointError(
                 f"expected an answer of {self.model} within {self.answer_tokens} tokens, found only thoughts; allow more "
@@ -397,7 +398,7 @@ def _said(error: Any) -> str:
 def _count(usage: object, name: str) -> int:
     """A count of tokens that an endpoint tells of, or 0 if it does not."""
     found = getattr(usage, name, None)
-    return found if isinstance(found, int) else 0
+    return max(0, found) if isinstance(found, int) else 0
 
 
 def _is_address(address: str) -> bool:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from qwen_scope.corpus import Document, located
 from qwen_scope.data.classification.rule import Decision, Rule
-from qwen_scope.data.classification.splitting import words_of
+from qwen_scope.data.items import text_of
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, is_folder
 from qwen_scope.stopping import Stopped, stopping
@@ -123,7 +123,7 @@ def _chunks(documents: Iterable[Place]) -> Iterator[list[Place]]:
     size = 0
     for place, document in documents:
         chunk.append((place, document))
-        size += len(words_of(document))
+        size += len(text_of(document))
         if len(chunk) == AT_ONCE or size >= CHARACTERS:
             yield chunk
             chunk, size = [], 0
@@ -151,6 +151,10 @@ def _row(place: str, document: Document, digest: str, answer: Decision | str) ->
     else:
         row |= {"positive": answer.positive, "score": round(answer.score, 6), "fired": answer.fired}
     return row | {"text" if isinstance(document, str) else "messages": document}
+
+
+def _encoded(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
 
 
 class _Rows:
@@ -181,7 +185,11 @@ class _Rows:
         for place in [] if self.writing else places:
             line = self.file.readline()
             if not line.endswith(b"\n"):
-                break  # the end, or a row that was cut short
+                # The end, or a row that was cut short; anything else is not ours to cut off.
+                begins = _encoded({"place": place, "rule": self.digest})[:-1]
+                if line[: len(begins)] != begins[: len(line)]:
+                    raise self._other(f"something else where {place} should be")
+                break
             self.end += len(line)
             try:
                 row = json.loads(line)
@@ -195,7 +203,7 @@ class _Rows:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Writes rows after those taken."""
-        data = b"".join(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n" for row in rows)
+        data = b"".join(_encoded(row) + b"\n" for row in rows)
         try:
             if not self.writing:
                 self.file.seek(self.end)

@@ -21,6 +21,7 @@ from qwen_scope.data.items import Items
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.feature_name import parse_feature
 from qwen_scope.fingerprint import fingerprint
+from qwen_scope.steering.recipe import model_name
 
 if TYPE_CHECKING:
     from qwen_scope.index.feature import Example
@@ -67,7 +68,7 @@ def fit_rule(
         if not allow_duplicates:
             check_apart(train, test)
     wanted = list(scope.layers if layers is None else layers)
-    found = read(scope, train.texts, wanted, "any").fired
+    found = read(scope, train.texts, wanted, "any", places=train.places).fired
     if kind == "or":
         largest = {layer: float(rate_differences(matrix([found[layer]]), y).max()) for layer in wanted}
         wanted = [max(wanted, key=lambda layer: largest[layer])]
@@ -87,7 +88,7 @@ def fit_rule(
         terms=terms,
         intercept=intercept,
         threshold=threshold,
-        model=scope.backbone.name,
+        model=model_name(scope.backbone, scope.suite),
         suite=scope.suite.name,
         fingerprints={str(layer): fingerprint(scope.suite, [layer]) for layer in used},
         learnt_from=sizes(train),

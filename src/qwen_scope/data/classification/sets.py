@@ -12,9 +12,9 @@ from numpy import ndarray
 from qwen_scope.data.classification.baselines import Seen
 from qwen_scope.data.classification.matrix import matrix
 from qwen_scope.data.classification.rules import rate_differences
-from qwen_scope.data.classification.splitting import check_apart, words_of
+from qwen_scope.data.classification.splitting import check_apart
 from qwen_scope.data.fired import Read, read
-from qwen_scope.data.items import Items
+from qwen_scope.data.items import Items, text_of
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
@@ -54,7 +54,7 @@ class Sets:
         if not allow_duplicates:
             check_apart(train, test)
         wanted = list(scope.layers if layers is None else layers)
-        first, second = (read(scope, of.texts, wanted, "any", means=True) for of in (train, test))
+        first, second = (read(scope, of.texts, wanted, "any", means=True, places=of.places) for of in (train, test))
         return Sets(train, test, first, second)
 
     @property
@@ -71,7 +71,7 @@ class Sets:
         """
         first, second = (
             Seen(
-                [words_of(text) for text in items.texts],
+                [text_of(text) for text in items.texts],
                 found.lengths,
                 matrix([found.fired[layer] for layer in layers]),
                 found.means[residual],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
 from qwen_scope.corpus import Document
-from qwen_scope.data.items import Items
+from qwen_scope.data.items import Items, text_of
 from qwen_scope.errors import QwenScopeError
 
 NAMED = 10
@@ -80,14 +82,8 @@ def some(items: Items, rows: list[int]) -> Items:
 
 def sizes(items: Items) -> dict[str, int]:
     """How many items each label has."""
-    labels = items.labels or []
-    return {label: labels.count(label) for label in sorted(set(labels))}
-
-
-def words_of(document: Document) -> str:
-    """A document as plain text: of messages, their contents one after another."""
-    return document if isinstance(document, str) else "\n".join(str(message["content"]) for message in document)
+    return dict(sorted(Counter(items.labels or []).items()))
 
 
 def _plain(document: Document) -> str:
-    return " ".join(words_of(document).casefold().split())
+    return " ".join(text_of(document).casefold().split())

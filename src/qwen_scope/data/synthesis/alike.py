@@ -12,11 +12,9 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from qwen_scope.index.words import UNSPACED
+
 _WORD = re.compile(r"\w+")
-# Thai to Khmer, Japanese and Chinese have no spaces between words: each character counts as one.
-_UNSPACED = re.compile(
-    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])"
-)
 LEAST_RUNS = 5
 """Runs of words that an example must have to tell whether a text repeats it: four words in a row are an idiom."""
 
@@ -25,7 +23,7 @@ def words_of(text: str) -> tuple[str, ...]:
     """The words of a text as they are compared: without case, signs, and forms of one character; of a text without words, what
     lies between white space."""
     plain = normalize("NFKC", text).casefold()
-    return tuple(_WORD.findall(_UNSPACED.sub(r" \1 ", plain)) or plain.split())
+    return tuple(_WORD.findall(re.sub(UNSPACED, r" \1 ", plain)) or plain.split())
 
 
 def runs_of(words: Sequence[str], length: int) -> set[tuple[str, ...]]:

@@ -70,6 +70,10 @@ class SynthesisConfig:
                 raise QwenScopeError(
                     f"expected {name} of at least 1, found {getattr(self, name)}; choose a larger number"
                 )
+        if not 0 <= self.temperature <= 100:
+            raise QwenScopeError(f"expected a temperature from 0 to 100, found {self.temperature}; such as 0.8")
+        if not 0 < self.top_p <= 1:
+            raise QwenScopeError(f"expected top_p above 0 up to 1, found {self.top_p}; such as 0.95")
         if not 0 <= self.seed <= 2**31:
             raise QwenScopeError(f"expected a seed from 0 to {2**31}, found {self.seed}; choose one of those")
         if not 0 < self.alike <= 1:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from qwen_scope.corpus import Document
 from qwen_scope.data.footprint import Footprint
 from qwen_scope.data.footprints import footprints
-from qwen_scope.data.items import read_items
+from qwen_scope.data.items import read_items, text_of
 from qwen_scope.data.synthesis.alike import Seen
 from qwen_scope.data.synthesis.config import SynthesisConfig
 from qwen_scope.data.synthesis.explain import Explanation
@@ -162,7 +162,7 @@ class _Run:
         fired = set(np.flatnonzero(found.fired.counts).tolist())
         fires = [number for number in self.targets if number in fired]
         self.seeds = Seeds(found.about.source, len(found), found.about.left_out, fires)
-        self.before.add_all(map(_plain, texts), "seed")
+        self.before.add_all(map(text_of, texts), "seed")
 
     @property
     def missing(self) -> list[int]:
@@ -181,7 +181,7 @@ class _Run:
     def _aim(self) -> str:
         """Attempts in rounds, so that each target has one before any has two. Gives why it ended early, if it did."""
         for attempt in range(self.config.attempts):
-            kept = [parse_feature(key.feature)[1] for key in self.chosen()]
+            kept = [parse_feature(key.feature)[1] for key in self.chosen() if not key.style]
             todo = [number for number in self.missing if kept.count(number) < self.config.per_target]
             keys = [Key("aimed", self._name(number), attempt) for number in todo]
             if not self._write([self._ask(key) for key in keys if key not in self.kept.texts], self.purse, "writing"):
@@ -370,8 +370,3 @@ class _Run:
             "verified": True,
             "fires": [self._name(number) for number in found.fires],
         }
-
-
-def _plain(document: Document) -> str:
-    """A document as one text."""
-    return document if isinstance(document, str) else "\n".join(str(turn["content"]) for turn in document)

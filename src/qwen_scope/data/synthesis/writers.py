@@ -121,7 +121,8 @@ class Local:
                 if some:
                     take(self._generate(some, purse))
                 bar.update(len(some))
-                if stop.asked and rest and whole:
+                # Also after the last of these: whoever asks has more.
+                if stop.asked:
                     raise Stopped(f"stopped; {GO_ON}")
         return Outcome(whole)
 
@@ -184,19 +185,23 @@ class Remote:
 
         def taken(key: K, answer: Answer) -> None:
             nonlocal used
-            ask = on_way.pop(key)
-            spent = Spent(answer.read, answer.written)
-            used = used.plus(spent)
+            ask, spent = by_key[key], Spent(answer.read, answer.written)
+            counted = spent
             if not spent.tokens:
                 spent = Spent(*(len(text.encode()) // _BYTES_A_TOKEN + 1 for text in (ask.prompt, answer)))
-            purse.settle(self._most(ask), spent)
+            # An answer that could not be kept is handed over once more at the end, but was paid for once.
+            if on_way.pop(key, None) is not None:
+                used = used.plus(counted)
+                purse.settle(self._most(ask), spent)
             take({key: Written(answer, False, spent)})
 
-        seeds = {ask.key: ask.seed for ask in asks}
+        by_key = {ask.key: ask for ask in asks}
         try:
             while rest:
                 left = len(rest)
-                failed = endpoint.ask_all(questions(), taken, total=left, doing=doing, seeds=seeds.__getitem__)
+                failed = endpoint.ask_all(
+                    questions(), taken, total=left, doing=doing, seeds=lambda key: by_key[key].seed
+                )
                 outcome.failed |= {key: str(error) for key, error in failed.items()}
                 for key in failed:
                     if key in on_way:
