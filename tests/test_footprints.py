@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import stats
 
-from qwen_scope import QwenScopeError, Scope
+from qwen_scope import QwenScopeError, Scope, Suite
+from qwen_scope.bundled import MODEL_NAME
 from qwen_scope.cli import main
 from qwen_scope.cli.common import Source
 from qwen_scope.corpus import rows
@@ -371,8 +372,9 @@ def test_what_is_no_panel_is_refused(tmp_path: Path):
         partial_similarity(scores, "mmlu")
     with pytest.raises(QwenScopeError, match="at least 3 models"):
         partial_similarity({"a": some_scores(2, 5, 0)}, "a")
-    with pytest.raises(QwenScopeError, match="models that differ"):
-        partial_similarity({"a": np.ones((3, 5))}, "a")
+    for flat in (np.ones((3, 5)), np.full((7, 3), 0.1)):
+        with pytest.raises(QwenScopeError, match="models that differ"):
+            partial_similarity({"a": flat}, "a")
     path = tmp_path / "scores.json"
     path.write_text(json.dumps({"a": [[1, 0], [0.5, 1]]}))
     assert read_scores(path)["a"].tolist() == [[1, 0], [0.5, 1]]
@@ -479,6 +481,7 @@ DAMAGES: dict[str, Callable[[dict, dict], object]] = {
     "what it is of is cut": lambda _, words: words.update(about=words["about"][:20]),
     "what it is of is a list": lambda _, words: words.update(about="[]"),
     "places are fewer": lambda _, words: words.update(places="[]"),
+    "features are no numbers of features": lambda tensors, _: tensors.update(features=tensors["features"].float()),
     "the width is no number": lambda _, words: words.update(d_sae="wide"),
 }
 
@@ -627,6 +630,15 @@ def test_blank_items_of_a_column_are_refused_or_counted(tmp_path: Path):
     assert (labelled.texts, labelled.labels) == (["What is 1 + 1?", "Who?", "When?"], ["B", "A", "B"])
 
 
+def test_what_stands_for_nothing_and_labels_that_are_no_text_are_left_out(tmp_path: Path):
+    odd = [{"q": 1, "l": 2}, {"q": float("nan"), "l": 1}, {"q": "a", "l": float("nan")}, {"q": "b", "l": "\ud800"}]
+    told: list[str] = []
+    found = read_items(lines(tmp_path / "odd.jsonl", odd), template="{q}", label="l", broken=told.append)
+    assert (found.texts, found.labels) == (["1"], ["2"])
+    expected = ["a value of q in line 2", "a value of l in line 3", "valid Unicode in line 4"]
+    assert all(said in sentence for said, sentence in zip(expected, told, strict=True))
+
+
 def test_lists_and_folders_of_texts_are_sets_too(tmp_path: Path):
     chat = [{"role": "user", "content": "hello"}]
     told: list[str] = []
@@ -691,6 +703,17 @@ def test_items_that_cannot_be_read_are_counted_with_the_first_reason(scope: Scop
         QwenScopeError, match="that the model can read, found none; the first: expected an item of at most"
     ):
         Footprint.of(scope, [long], layer=1, broken=told.append)
+
+
+def test_chats_that_the_template_refuses_do_not_cost_the_others(scope: Scope, tmp_path: Path):
+    chats = [[{"role": role, "content": "Rome"}] for role in ("user", "nobody", "user")]
+    path, told = lines(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats]), list[str]()
+    made = Footprint.of(scope, path, layer=1, broken=told.append)
+    assert (len(made), made.about.left_out) == (2, 1)
+    assert "the model's template takes" in told[0]
+    assert f"line 2 of {path}" in told[0]
+    with pytest.raises(QwenScopeError, match=r"the model's template takes.*line 2 of"):
+        Footprint.of(scope, path, layer=1)
 
 
 def nobody() -> Scope:
@@ -821,6 +844,27 @@ def test_what_the_command_refuses(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_reads_anew_with_a_suite_that_was_trained_on(
+    llama, tokenizer, make_sae, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = lines(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    given = ["benchmarks", str(tmp_path / "out"), str(texts), "--layer", "1", "--resamples", "0", "--json"]
+    given += ["--model", str(tmp_path / "model"), "--suite", str(tmp_path / "suite")]
+
+    def trained(seed: int) -> Any:
+        Suite.of({1: make_sae(seed=seed)}, name="mine").save_pretrained(tmp_path / "suite")
+        main(given)
+        return json.loads(capsys.readouterr().out)["sets"][0]["about"]
+
+    first, second = trained(1), trained(2)
+    assert first["fingerprint"] != second["fingerprint"]
+    assert first["model"] == "model"  # and not where it lies on this machine
+    monkeypatch.setattr(Source, "open", lambda self: nobody())
+    main(given)
+
+
 @pytest.mark.real
 def test_the_command_from_files_to_a_page_and_again_without_reading(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -840,6 +884,7 @@ def test_the_command_from_files_to_a_page_and_again_without_reading(
     assert f"open in a browser: {tmp_path / 'out' / 'report.html'}" in printed
     kept = {path.stem: Footprint.load(path) for path in (tmp_path / "out" / "footprints").iterdir()}
     assert {name: len(of) for name, of in kept.items()} == {"sums": 8, "french": 6, "code": 5}
+    assert kept["code"].about.model == MODEL_NAME
     scope = Scope.from_pretrained(layers=[15])
     last = scope.features("Q: Le chat 3 dort\nA: oui")[15][-1]
     assert kept["french"].fired.of(3).tolist() == sorted(last.indices[last.active].tolist())

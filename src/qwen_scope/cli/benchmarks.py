@@ -9,6 +9,7 @@ import tyro
 
 from qwen_scope.cli.common import Source, print_json
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.files import is_file, is_folder
 
 FIELDS = {"name", "source", "column", "template", "split", "subset"}
 LAYER = 15
@@ -56,7 +57,8 @@ class Benchmarks:
             )
         wanted = self._wanted()
         try:
-            from qwen_scope.data.footprints import footprints
+            from qwen_scope.bundled import suite_folder
+            from qwen_scope.data.footprints import footprints, stamp
             from qwen_scope.data.panel import read_scores
             from qwen_scope.data.study import study
             from qwen_scope.files import from_anywhere
@@ -71,6 +73,8 @@ class Benchmarks:
         names = {
             name: value and from_anywhere(value) for name, value in (("model", source.model), ("suite", source.suite))
         }
+        # A suite that was trained on has the same name.
+        files = [stamp(place) for place in (names["model"], names["suite"] or str(suite_folder())) if place]
         made = footprints(
             source.open,
             wanted,
@@ -78,7 +82,7 @@ class Benchmarks:
             layer=layers[0],
             position=self.position,
             count=self.count,
-            read_with={**names, "k": source.k, "dtype": source.dtype},
+            read_with={**names, "files": files, "k": source.k, "dtype": source.dtype},
         )
         found = study(made, resamples=self.resamples, scores=scores, general=self.general)
         page = found.save(self.folder)
@@ -132,5 +136,6 @@ def _read_spec(path: Path) -> list[dict[str, Any]]:
     # Sources are named from where the file is, as in any list of files.
     beside = {each["source"]: path.parent / each["source"] for each in found}
     return [
-        each | {"source": str(beside[each["source"]])} if beside[each["source"]].exists() else each for each in found
+        each | {"source": str(place)} if is_file(place := beside[each["source"]]) or is_folder(place) else each
+        for each in found
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from qwen_scope.corpus import Document
-from qwen_scope.corpus.columns import Broken
-from qwen_scope.data.fired import Fired, Position, read_tokens
+from qwen_scope.corpus.columns import Broken, parsed_or_told
+from qwen_scope.data.fired import Fired, Position, read_tokens, readable
 from qwen_scope.data.items import read_items
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, read_safetensors, write_safetensors
 from qwen_scope.fingerprint import fingerprint
-from qwen_scope.tokens import TokenizedText, tokenize
+from qwen_scope.steering.recipe import model_name
 
 if TYPE_CHECKING:
     from qwen_scope.scope import Scope
@@ -89,8 +89,8 @@ class Footprint:
             layer: whose features.
             position: `last` counts what fires at each item's last token, as the report does; `any` what fires anywhere.
             name: what to call the set; its file's name unless told.
-            broken: is called with a sentence for each row that cannot be used, or is longer than the model's context, which is
-                left out and counted then. Without it, the first one ends the reading.
+            broken: is called with a sentence for each row that cannot be used, or that the model cannot read, such as one longer
+                than its context, which is left out and counted then. Without it, the first one ends the reading.
 
         For the other arguments see `qwen_scope.data.items.read_items`.
 
@@ -100,12 +100,12 @@ class Footprint:
         left_out: list[str] = []
 
         def told(sentence: str) -> None:
-            if broken is None:
-                raise QwenScopeError(sentence)
+            assert broken is not None
             left_out.append(sentence)
             broken(sentence)
 
         scope.suite[layer]
+        tell = None if broken is None else told
         items = read_items(
             source,
             column=column,
@@ -113,30 +113,28 @@ class Footprint:
             split=split,
             subset=subset,
             count=count,
-            broken=None if broken is None else told,
+            broken=tell,
         )
-        texts, _ = tokenize(items.texts, scope.backbone.tokenizer)
-        fit = [
-            at for at, text in enumerate(texts) if _fits(text, scope.backbone.context_length, items.places[at], told)
-        ]
-        if not fit:
+        found = zip(items.places, items.texts, strict=True)
+        read = list(parsed_or_told(found, lambda document, where: readable(scope, document, where), tell))
+        if not read:
             raise QwenScopeError(f"expected items that the model can read, found none; the first: {left_out[0]}")
         from_list = not isinstance(source, str | Path)
         about = About(
             name=name or ("texts" if from_list else Path(str(source)).stem),
             source="a list" if from_list else str(source),
             template=template,
-            items=len(fit),
+            items=len(read),
             left_out=len(left_out),
             left_out_first=left_out[0] if left_out else None,
             layer=layer,
             position=position,
-            model=scope.backbone.name,
+            model=model_name(scope.backbone, scope.suite),
             suite=scope.suite.name,
             fingerprint=fingerprint(scope.suite, [layer]),
         )
-        fired = read_tokens(scope, [texts[at] for at in fit], [layer], position).fired[layer]
-        return Footprint(about, fired, [items.places[at] for at in fit])
+        fired = read_tokens(scope, [text for _, text in read], [layer], position).fired[layer]
+        return Footprint(about, fired, [where for where, _ in read])
 
     def with_asked(self, asked: dict[str, Any]) -> Footprint:
         """The same, with a note of what was asked for."""
@@ -201,20 +199,12 @@ class Footprint:
         )
 
 
-def _fits(text: TokenizedText, limit: int | None, where: str, told: Callable[[str], object]) -> bool:
-    """Whether the model can read an item; tells if not."""
-    fits = limit is None or len(text) <= limit
-    if not fits:
-        told(
-            f"expected an item of at most {limit} tokens, the model's context, in {where}, found {len(text)}; shorten it"
-        )
-    return fits
-
-
 def _is_whole(made: Footprint) -> bool:
     """Whether the parts of a footprint belong together."""
     fired, items = made.fired, made.about.items
     if {len(fired.starts), len(made.places) + 1} != {items + 1} or len(fired.features) != len(fired.values):
+        return False
+    if (fired.starts.dtype, fired.features.dtype) != (np.int64, np.int32):
         return False
     lengths = np.diff(fired.starts)
     if fired.starts[0] != 0 or fired.starts[-1] != len(fired.features) or (lengths < 0).any():

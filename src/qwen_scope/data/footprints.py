@@ -39,7 +39,8 @@ def footprints(
         layer: whose features.
         position: where an item must fire them.
         count: items of each set at most.
-        read_with: what decides which model and SAEs `scope` gives, such as their names: what was read with others is made anew.
+        read_with: what decides which model and SAEs `scope` gives, such as their names and `stamp`: what was read with others is
+            made anew.
 
     Raises:
         QwenScopeError: a set that cannot be read, or a name that no file can have. The footprints made before it are kept.
@@ -57,7 +58,7 @@ def footprints(
         source = from_anywhere(each["source"])
         asked = {
             "source": source,
-            "files": _stamp(source),
+            "files": stamp(source),
             "options": options,
             "layer": layer,
             "position": position,
@@ -84,7 +85,7 @@ def footprints(
     return made
 
 
-def _stamp(source: str) -> list[int]:
+def stamp(source: str) -> list[int]:
     """What changes when a file or the files of a folder do: how many, their size, and the latest change of one."""
     place = Path(source)
     files = [path for path in (place.rglob("*") if place.is_dir() else [place]) if path.is_file()]
