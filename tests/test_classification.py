@@ -494,6 +494,42 @@ def test_every_baseline_learns_a_class_that_is_in_all_it_may_see():
         assert ((scored > 0) == (y[40:] == 1)).mean() > 0.9, name
 
 
+def test_words_are_found_where_no_spaces_are_and_none_at_all_say_nothing():
+    chance = np.random.default_rng(0)
+    y = np.arange(240) % 2
+    words = ["".join(chance.permutation(list("天地人你我他" + ("好善" if each else "坏恶")))) for each in y]
+    seen = Seen(words, np.arange(240) + 3, sparse.csr_matrix((240, 4)), np.zeros((240, 2)))
+    first, second = seen.take(np.arange(120)), seen.take(np.arange(120, 240))
+    assert ((BASELINES["bag of words"](first, y[:120], second) > 0) == y[120:]).all()
+    assert not BASELINES["L1 logistic, all features"](first, y[:120], second).any()
+    silent = Seen(["+ -"] * 120, first.lengths, first.features, first.residual)
+    assert not BASELINES["bag of words"](silent, y[:120], silent).any()
+
+
+@pytest.mark.usefixtures("one_draw")
+def test_labels_are_plain_text_in_plots_and_terminals(scope, tmp_path):
+    label = "$\\x_{\x1b[31m"
+    train, test = (
+        replace(items, labels=[label if each == "place" else each for each in items.labels]) for items in (TRAIN, TEST)
+    )
+    found = evaluate(scope, train, test, label, most=2)
+    assert found.save(tmp_path).read_bytes().startswith(b"\x89PNG")
+    rule = fit_rule(scope, train, label, kind="or", most=2)
+    assert "\x1b" not in str(found) + str(rule)
+
+
+def test_a_text_beyond_the_context_is_named_where_it_cannot_be_learnt_from(scope):
+    items = labelled([*many(PLACES, 4), "the capital " * 200], many(CODE, 5), "train")
+    with pytest.raises(QwenScopeError, match="the model's context, in line 5 of train, found"):
+        fit_rule(scope, items, "place")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_of_no_features_are_refused(scope, kind):
+    with pytest.raises(QwenScopeError, match="of at least 1 feature, found 0"):
+        fit_rule(scope, TRAIN, "place", kind=kind, most=0)
+
+
 def test_a_crossing_is_what_each_rule_does_in_each_set(scope):
     first = Sets.read(scope, TRAIN, TEST)
     second = Sets.read(
@@ -578,9 +614,11 @@ def test_rows_of_another_rule_or_corpus_are_kept_and_refused(scope, rules, corpu
     with pytest.raises(QwenScopeError, match="more rows than the corpus has texts"):
         apply(rules["sparse"], scope, corpus, out)
     assert out.read_bytes() == whole
-    out.write_text("not ours\n")
-    with pytest.raises(QwenScopeError, match="choose another file"):
-        apply(rules["sparse"], scope, corpus, out)
+    for others in ("not ours\n", "nor this", '{"place": "line 1 of another', '{"text": "a corpus of one line"}'):
+        out.write_text(others)
+        with pytest.raises(QwenScopeError, match="choose another file"):
+            apply(rules["sparse"], scope, corpus, out)
+        assert out.read_text() == others
     with pytest.raises(QwenScopeError, match="expected a file outside the corpus"):
         apply(rules["sparse"], scope, tmp_path, tmp_path / "more.jsonl")
     with pytest.raises(QwenScopeError, match="cannot be done"):
@@ -694,6 +732,7 @@ def test_without_test_texts_some_are_kept_back(capsys, tiny, files, tmp_path):
         (["fit", "{train}", "{rule}", "--positive", "place", "--test", "{train}"], "or allow duplicates"),
         (["fit", "{train}", "{rule}", "--positive", "place", "--label", "kind"], "kind"),
         (["fit", "{train}", "{rule}", "--positive", "place", "--most", "0"], "expected --most of at least 1"),
+        (["evaluate", "{train}", "{rule}", "--positive", "place", "--most", "0"], "expected --most of at least 1"),
         (["explain", "{train}", "a text"], "expected a rule"),
         (["explain", "{train}"], "expected a text to explain"),
         (["apply", "{rule}", "{train}", "out.jsonl"], "expected a rule"),
@@ -765,10 +804,10 @@ def test_the_page_says_what_the_figures_say(script):
     assert script.with_tables(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8")
 
 
-def test_the_figures_hold_no_text_and_all_methods(script):
+def test_the_figures_are_of_all_methods_on_texts_enough(script):
     found = json.loads((EVIDENCE / "results.json").read_text(encoding="utf-8"))
     assert len(found["tasks"]) >= 7
     for task in found["tasks"].values():
         assert {*BASELINES, "OR of 1", "OR of 5"} <= {outcome["method"] for outcome in task["outcomes"]}
-        assert min(task["test"].values()) >= 40
+        assert min(task["test"].values()) >= 25
         assert {"1", "2", "5", "32"} <= set(task["f1_by_k"])

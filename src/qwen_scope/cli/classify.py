@@ -84,8 +84,7 @@ class Fit:
     def run(self) -> None:
         """Learns and prints."""
         _check_installed()
-        if self.most < 1:
-            raise QwenScopeError(f"expected --most of at least 1, found {self.most}; ask for one or more features")
+        _check_most(self.most)
         train, test = self.labelled.sets(self.texts)
         from qwen_scope.data.classification.fit import described, fit_rule
 
@@ -200,6 +199,7 @@ class Evaluate:
     def run(self) -> None:
         """Compares and prints."""
         _check_installed()
+        _check_most(self.most)
         train, test = self.labelled.sets(self.texts)
         from qwen_scope.data.classification.evaluate import evaluate
 
@@ -235,9 +235,17 @@ class Classify:
         self.do.run()
 
 
+def _check_most(most: int) -> None:
+    """Raises a QwenScopeError unless so many features can be asked for: before any text is read."""
+    if most < 1:
+        raise QwenScopeError(f"expected --most of at least 1, found {most}; ask for one or more features")
+
+
 def _check_installed() -> None:
     """Raises a QwenScopeError unless the packages that classification needs are there."""
     try:
+        import matplotlib  # noqa: F401
+
         import qwen_scope.data.classification  # noqa: F401
     except ModuleNotFoundError as error:
         raise QwenScopeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,12 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from qwen_scope.index.words import UNSPACED
+
 MANY = 100
 """With more texts than this, words that only one has do not count."""
+WORD = rf"(?u)\b\w\w+\b|{UNSPACED[1:-1]}"
+"""Words of two letters or more, as scikit-learn has it, and what stands for a word alone."""
 STRENGTHS = np.geomspace(1e-3, 1e2, 8)
 """Inverse strengths of regularisation that cross-validation chooses from."""
 
@@ -44,12 +49,20 @@ likelier positive, above 0 likelier than not."""
 
 
 def bag_of_words(train: Seen, positive: ndarray, test: Seen) -> ndarray:
-    """Logistic regression on tf-idf of words and pairs of words."""
+    """Logistic regression on tf-idf of words and pairs of words; in scripts without spaces each character is a word."""
     vectors = TfidfVectorizer(
-        sublinear_tf=True, ngram_range=(1, 2), min_df=2 if len(positive) > MANY else 1, max_features=50_000
+        token_pattern=WORD,
+        sublinear_tf=True,
+        ngram_range=(1, 2),
+        min_df=2 if len(positive) > MANY else 1,
+        max_features=50_000,
     )
-    model = make_pipeline(vectors, _logistic(positive))
-    return model.fit(train.words, positive).decision_function(test.words)
+    known, asked = ([re.sub(UNSPACED, r" \1 ", text) for text in seen.words] for seen in (train, test))
+    try:
+        seen = vectors.fit_transform(known)
+    except ValueError:  # no words at all, or none in two texts
+        return np.zeros(len(asked))
+    return _logistic(positive).fit(seen, positive).decision_function(vectors.transform(asked))
 
 
 def length(train: Seen, positive: ndarray, test: Seen) -> ndarray:
@@ -74,6 +87,8 @@ def sparse_features(train: Seen, positive: ndarray, test: Seen) -> ndarray:
     """Logistic regression with an L1 penalty on all features that two texts or more fire: how far features go if their number
     does not matter."""
     fires = np.flatnonzero(train.features.count_nonzero(0) >= 2)
+    if not len(fires):
+        return np.zeros(len(test.words))
     scales = np.maximum(np.asarray(train.features[:, fires].max(0).todense()).ravel(), 1e-12)
     unscale = sparse.diags(1 / scales)
     model = _logistic(positive, Cs=np.geomspace(0.1, 100, 5), l1_ratios=(1.0,), solver="liblinear", random_state=0)

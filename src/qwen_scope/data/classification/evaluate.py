@@ -69,7 +69,8 @@ class Evaluation:
     f1_by_k: dict[int, float]
     """F1 of the OR rule by its number of features."""
     f1_by_fraction: dict[str, dict[float, float]]
-    """By method, F1 by the share of the discovery texts it learnt from, the mean of three draws."""
+    """By method, F1 by the share of the discovery texts it learnt from, the mean of three draws; the layer is the one that all
+    of the texts chose."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
@@ -88,7 +89,7 @@ class Evaluation:
     def __str__(self) -> str:
         largest = ", ".join(f"{layer}: {value:.3f}" for layer, value in self.largest_difference.items())
         lines = [
-            f"positive: {self.positive}; discovery {self.train}, test {self.test}",
+            f"positive: {self.positive!r}; discovery {self.train}, test {self.test}",
             f"layer {self.layer} chosen by the largest rate difference ({largest})",
             f"{'method':<40} {'F1':>6} {'95 %':>13} {'matched':>8} {'prec.':>6} {'recall':>6} {'AUC':>6} {'matched':>8}",
         ]

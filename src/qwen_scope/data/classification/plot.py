@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen_scope.files import replacing
+from qwen_scope.index.show import visible
 
 if TYPE_CHECKING:
     from qwen_scope.data.classification.evaluate import Evaluation
@@ -13,10 +14,19 @@ if TYPE_CHECKING:
 
 def draw(evaluation: Evaluation, path: Path) -> None:
     """Writes a PNG."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    curves, by_k, by_share = figure.subplots(1, 3)
+    # Nothing that LaTeX would read in a label, and no date and version, so that the same figures make the same file.
+    with rc_context({"text.usetex": False, "text.parse_math": False}), replacing(path) as temporary:
+        figure = Figure(figsize=(13, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw(evaluation, *figure.subplots(1, 3))
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+
+
+def _draw(evaluation: Evaluation, curves: Any, by_k: Any, by_share: Any) -> None:
     for number, outcome in enumerate(evaluation.outcomes):
         # Baselines are dashed, whatever colour they get.
         rule = outcome.method.startswith(("OR", "sparse"))
@@ -27,7 +37,7 @@ def draw(evaluation: Evaluation, path: Path) -> None:
             linestyle="-" if rule else "--",
             linewidth=1.2,
         )
-    curves.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01), title=f"{evaluation.positive}")
+    curves.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01), title=visible(evaluation.positive))
     curves.legend(fontsize=6)
     by_k.plot(list(evaluation.f1_by_k), list(evaluation.f1_by_k.values()), marker="o", markersize=3)
     by_k.set(xlabel="features K", ylabel="F1", xscale="log", ylim=(0, 1.01), title="the report's OR rule")
@@ -37,5 +47,3 @@ def draw(evaluation: Evaluation, path: Path) -> None:
         by_share.plot(list(of), list(of.values()), marker="o", markersize=3, label=name)
     by_share.set(xlabel="share of the discovery texts", ylabel="F1", xscale="log", ylim=(0, 1.01))
     by_share.legend(fontsize=6)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

@@ -17,7 +17,7 @@ def rule_text(rule: Rule) -> str:
     texts = sum(rule.learnt_from.values())
     lines = [
         visible(f"{rule.positive!r} rather than {others or 'anything else'}: where {how}, learnt from {texts} texts"),
-        f"{'weight':>7}  {'feature':<10} {rule.positive[:10]:>10} {'others':>7}  about",
+        f"{'weight':>7}  {'feature':<10} {visible(rule.positive)[:10]:>10} {'others':>7}  about",
     ]
     width = line_width()
     for term in rule.terms:

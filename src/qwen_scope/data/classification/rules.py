@@ -63,6 +63,11 @@ class _Binary(ClassifierMixin, BaseEstimator):
         raise NotImplementedError
 
 
+def _check_number(name: str, features: int) -> None:
+    if features < 1:
+        raise QwenScopeError(f"expected {name} of at least 1 feature, found {features}; ask for one or more")
+
+
 def rate_differences(X: sparse.csr_matrix, positive: ndarray, eps: float = 0.0) -> ndarray:
     """Delta_f = P(feature fires | positive) - P(feature fires | negative), of every feature (the report, section 5)."""
     fires = _fires(X, eps)
@@ -100,6 +105,7 @@ class OrRule(_Binary):
 
     def fit(self, X: Any, y: Any) -> OrRule:
         """Chooses the features."""
+        _check_number("k", self.k)
         X, positive = self._fitting(X, y)
         delta = rate_differences(X, positive, self.eps)
         candidates = np.arange(len(delta))
@@ -146,6 +152,7 @@ class SparseRule(_Binary):
 
     def fit(self, X: Any, y: Any) -> SparseRule:
         """Chooses features, weights and threshold."""
+        _check_number("most", self.most)
         X, positive = self._fitting(X, y)
         folds = min(self.folds, int(np.bincount(positive, minlength=2).min()))
         sizes = [size for size in (1, 2, 5, 10, 20, 50, 100) if size < self.most] + [self.most]
