@@ -6,10 +6,13 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from index_maker import write_index
 from scipy import sparse
@@ -637,6 +640,16 @@ def test_a_chat_that_the_template_refuses_does_not_cost_the_others(scope, rules,
     assert rows[0]["score"] == rows[2]["score"]
     assert (done.texts, done.undecided) == (3, 1)
     assert apply(rules["sparse"], scope, corpus, out) == done
+
+
+def test_messages_that_tell_their_time_are_written(scope, rules, tmp_path):
+    said = datetime(2024, 5, 6, tzinfo=UTC)
+    chats = [[{"role": "user", "content": text, "timestamp": said}] for text in PLACES]
+    pq.write_table(pa.Table.from_pylist([{"messages": chat} for chat in chats]), tmp_path / "chats.parquet")
+    out = tmp_path / "out.jsonl"
+    done = apply(rules["sparse"], scope, tmp_path / "chats.parquet", out)
+    assert (done.texts, done.undecided) == (4, 0)
+    assert json.loads(out.read_text().splitlines()[0])["messages"][0]["timestamp"] == str(said)
 
 
 @pytest.mark.usefixtures("few_at_once")

@@ -154,7 +154,8 @@ def _row(place: str, document: Document, digest: str, answer: Decision | str) ->
 
 
 def _encoded(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")
+    # Messages may hold what JSON has no word for, such as the time of each.
+    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "replace")
 
 
 class _Rows:
