@@ -98,7 +98,7 @@ class SynthesisReport:
     """Texts about random other features; None if none were asked for."""
     difference: Interval | None
     """Share of the missing targets that texts about targets fire, kept or not, less what texts of the control fire, with its
-    95 % interval over targets: all texts of both count, so that like is compared with like."""
+    95 % interval over targets: all texts of both count, so that like is compared with like. None without a control's texts."""
     kept: int
     """Texts kept, rewrites included."""
     answers: int
@@ -233,7 +233,8 @@ def made(
         targets=rows,
         aimed=sides["aimed"],
         control=sides["random"] if config.control else None,
-        difference=_interval(difference, config.seed) if config.control else None,
+        # Less nothing is no difference.
+        difference=_interval(difference, config.seed) if config.control and sides["random"].texts else None,
         kept=len(chosen),
         answers=sum(key in kept.replies for key in chosen),
         silent=sum("like" not in said and bool(said) for said in why.values()),

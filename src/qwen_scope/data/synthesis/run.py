@@ -31,7 +31,7 @@ from qwen_scope.feature_name import parse_feature
 from qwen_scope.files import expanded, replacing
 from qwen_scope.fingerprint import fingerprint
 from qwen_scope.generation.generate import ROWS
-from qwen_scope.index.endpoint import Endpoint, EndpointError
+from qwen_scope.index.endpoint import GIVE_UP, Endpoint, EndpointError
 from qwen_scope.index.feature_index import FeatureIndex
 from qwen_scope.index.labels import Key as Name
 from qwen_scope.scope import Scope
@@ -216,13 +216,9 @@ class _Run:
         return "" if outcome.whole else "the budget was spent"
 
     def _control(self) -> None:
-        """Texts about random other features until they have taken as much as those about targets."""
+        """Texts about random other features until they have taken as many tokens as those about targets, or all there is."""
         aimed, random = (self.kept.spent(arm) for arm in ("aimed", "random"))
-        whole = Purse.of(self.config)
-        for spent in (self.spent, self.kept.lost, self.kept.spent_on_replies, aimed, random):
-            whole.spend(spent)
-        # What brought nothing has been paid for too.
-        purse = whole.part(1.0)
+        purse = self._left()
         purse.tokens = min(aimed.tokens, random.tokens + purse.tokens)
         purse.money = min(
             math.inf if self.config.budget is None else purse.cost(aimed), purse.cost(random) + purse.money
@@ -232,7 +228,26 @@ class _Run:
         drawn = (key for key in self._random_keys() if key not in self.kept.texts)
         while keys := list(islice(drawn, ROWS)):
             if not self._write([self._ask(key) for key in keys], purse, "control"):
+                break
+        # What is held back for a text may be several times what it takes. With less than the others the control would be
+        # too easily beaten, so the last ones are asked for one by one.
+        purse, unusable = self._left(), 0
+        for key in self._random_keys():
+            if key in self.kept.texts or key.feature in self.failed:
+                continue
+            if self.kept.spent("random").tokens >= aimed.tokens or unusable == GIVE_UP:
                 return
+            if not self._write([self._ask(key)], purse, "control"):
+                return
+            unusable += key not in self.kept.texts
+
+    def _left(self) -> Purse:
+        """What is left of the whole budget; what brought nothing has been paid for too."""
+        whole = Purse.of(self.config)
+        arms = (self.kept.spent(arm) for arm in ("aimed", "random"))
+        for spent in (self.spent, self.kept.lost, self.kept.spent_on_replies, *arms):
+            whole.spend(spent)
+        return whole.part(1.0)
 
     def _random_keys(self) -> Iterator[Key]:
         """Random other features that fire, each once, then each again with the next seed."""
