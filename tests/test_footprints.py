@@ -677,7 +677,9 @@ def test_what_cannot_be_asked_of_a_set(options: dict[str, Any], sentence: str, t
 
 def test_sets_without_items_are_refused(tmp_path: Path):
     empty = lines(tmp_path / "a.jsonl", [{"text": ""}, {"text": None}])
-    with pytest.raises(QwenScopeError, match=r"expected items in .*found none that can be used"):
+    with pytest.raises(
+        QwenScopeError, match=r"expected items in .*found none that can be used .expected a text in line 1 of"
+    ):
         read_items(empty, broken=lambda sentence: None)
     with pytest.raises(QwenScopeError, match="expected items in the list"):
         read_items([])

@@ -62,12 +62,21 @@ def read_items(
         raise QwenScopeError("expected a column or a template, found both; leave one out")
     if count is not None and count < 1:
         raise QwenScopeError(f"expected a count of at least 1 item, found {count}; ask for one or more")
+    first_broken = ""
+
+    def told(sentence: str) -> None:
+        nonlocal first_broken
+        first_broken = first_broken or f" ({sentence})"
+        if broken is not None:
+            broken(sentence)
+
+    tell = None if broken is None else told
     fields = [] if template is None else _fields(template)
     named = template is not None or label is not None
     if isinstance(source, str | Path):
         columns = [*(fields or [column or "text"]), *([] if label is None else [label])]
         wanted = tuple(dict.fromkeys(columns)) if named else column
-        found: Iterable[tuple[str, Any]] = rows(source, wanted, split=split, config=subset, broken=broken)
+        found: Iterable[tuple[str, Any]] = rows(source, wanted, split=split, config=subset, broken=tell)
     elif named or column is not None:
         raise QwenScopeError(
             "expected a file with columns for a column, a template or labels, found a list of texts; leave them out"
@@ -83,10 +92,10 @@ def read_items(
         text = value[column or "text"] if template is None else _formatted(template, values, where)
         return _document(text, where), known
 
-    read = list(islice(parsed_or_told(iter(found), parsed, broken), count))
+    read = list(islice(parsed_or_told(iter(found), parsed, tell), count))
     if not read:
         place = source if isinstance(source, str | Path) else "the list"
-        raise QwenScopeError(f"expected items in {place}, found none that can be used; give some")
+        raise QwenScopeError(f"expected items in {place}, found none that can be used{first_broken}; give some")
     labels = None if label is None else [known for _, (_, known) in read]
     return Items([text for _, (text, _) in read], labels, [where for where, _ in read])
 
