@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -598,6 +599,15 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_file(scope, rules, corpus, tm
         out.write_bytes(whole[:cut])
         assert apply(rules["sparse"], scope, corpus, out) == first
         assert out.read_bytes() == whole, cut
+
+
+@pytest.mark.usefixtures("few_at_once")
+def test_two_runs_do_not_write_one_file(scope, rules, corpus, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with filelock.FileLock(tmp_path / ".out.jsonl.lock"), pytest.raises(QwenScopeError, match="found another run"):
+        apply(rules["sparse"], scope, corpus, out)
+    apply(rules["sparse"], scope, corpus, out)
+    assert not (tmp_path / ".out.jsonl.lock").exists()
 
 
 @pytest.mark.usefixtures("few_at_once")

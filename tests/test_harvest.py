@@ -438,7 +438,7 @@ def test_the_same_path_in_another_folder_is_another_corpus(corpus, config, tmp_p
 
 def test_two_harvests_in_one_folder(corpus, config, tmp_path):
     (tmp_path / "harvest").mkdir()
-    with filelock.FileLock(tmp_path / "harvest/lock"), pytest.raises(QwenScopeError, match="no other harvest at work"):
+    with filelock.FileLock(tmp_path / "harvest/lock"), pytest.raises(QwenScopeError, match="nobody else at work"):
         harvest(corpus, tmp_path, config)
 
 

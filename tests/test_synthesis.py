@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import filelock
 import pyarrow as pa
 import pytest
 import torch
@@ -404,6 +405,11 @@ def test_the_loaded_model_answers_too(scope: Scope, index: FeatureIndex, tmp_pat
 
 
 # Budgets
+
+
+def test_two_runs_do_not_spend_one_budget(scope, index, tmp_path):
+    with filelock.FileLock(tmp_path / "lock"), pytest.raises(QwenScopeError, match="found another run"):
+        synthesize(scope, index, ["1/0"], tmp_path, QUICK)
 
 
 def test_the_loaded_model_stops_before_the_budget(scope: Scope, index: FeatureIndex, tmp_path: Path):

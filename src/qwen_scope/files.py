@@ -55,6 +55,37 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone(lock: Path, where: Path) -> Iterator[None]:
+    """Keeps everybody else who asks for the same lock out while the block runs; another process's ends with it, however it ends.
+
+    Args:
+        lock: a file of its own, which stays.
+        where: what is written meanwhile, for the sentence.
+
+    Raises:
+        QwenScopeError: somebody has it, or the folder cannot be written.
+    """
+    import filelock
+
+    held = filelock.FileLock(lock, timeout=0)
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except filelock.Timeout as error:
+        raise QwenScopeError(
+            f"expected nobody else at work in {where}, found another run; wait for it, or choose another place"
+        ) from error
+    except OSError as error:
+        raise QwenScopeError(
+            f"expected to write {where}, found that it cannot be done ({error.strerror or error}); choose another place"
+        ) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def expanded(name: str | Path) -> Path:
     """The path that a name means, `~` spelt out.
 

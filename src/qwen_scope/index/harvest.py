@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 from tqdm import tqdm
 
 from qwen_scope.checkpoint.weights import read_json
 from qwen_scope.corpus import located
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import expanded, from_anywhere, replacing
+from qwen_scope.files import alone, expanded, from_anywhere, replacing
 from qwen_scope.fingerprint import fingerprint
 from qwen_scope.index.config import HarvestConfig, differences
 from qwen_scope.index.feature_index import FeatureIndex
@@ -230,24 +229,10 @@ def _agree_with_before(work: Path, options: Mapping[str, Any]) -> None:
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
     """Keeps a second harvest out of the folder."""
-    lock = filelock.FileLock(work / "lock", timeout=0)
-    try:
-        if work.is_dir() and any(work.iterdir()) and not (work / "lock").exists():
-            raise QwenScopeError(
-                f"expected to keep progress in {work}, found a folder of other things, which would be removed at the end; "
-                "choose another folder"
-            )
-        work.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout as error:
+    if work.is_dir() and any(work.iterdir()) and not (work / "lock").exists():
         raise QwenScopeError(
-            f"expected no other harvest at work in {work}, found one; wait for it, or choose another folder"
-        ) from error
-    except OSError as error:
-        raise QwenScopeError(
-            f"expected to write {work}, found that it cannot be done ({error.strerror or error}); choose another folder"
-        ) from error
-    try:
+            f"expected to keep progress in {work}, found a folder of other things, which would be removed at the end; "
+            "choose another folder"
+        )
+    with alone(work / "lock", work):
         yield
-    finally:
-        lock.release()

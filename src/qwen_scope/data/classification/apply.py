@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from qwen_scope.corpus import Document, located
 from qwen_scope.data.classification.rule import Decision, Rule
 from qwen_scope.data.items import text_of
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import expanded, is_folder
+from qwen_scope.files import alone, expanded, is_folder
 from qwen_scope.stopping import Stopped, stopping
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def apply(
         out: a `.jsonl` file.
 
     Raises:
-        QwenScopeError: a rule of other SAEs, no such corpus, or a file that holds other rows.
+        QwenScopeError: a rule of other SAEs, no such corpus, or a file that holds other rows or is being written.
         Stopped: somebody asked for it; the rows written stay.
     """
     rule.check(scope)
@@ -91,7 +92,12 @@ def apply(
         raise QwenScopeError(f"expected a file outside the corpus {source}, found {out} in it; choose another place")
     done = Applied()
     documents = located(source, column=column, split=split, config=subset, broken=done.tell)
-    with stopping() as stop, _Rows(expanded(out), rule.digest) as rows, tqdm(desc="deciding", unit="text") as bar:
+    with (
+        stopping() as stop,
+        _held(expanded(out)) as path,
+        _Rows(path, rule.digest) as rows,
+        tqdm(desc="deciding", unit="text") as bar,
+    ):
 
         def told(tokens: int) -> None:
             if stop.asked:
@@ -115,6 +121,18 @@ def apply(
             bar.update(len(chunk))
         rows.check_end()
     return done
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[Path]:
+    """Keeps a second run from the file."""
+    lock = path.with_name(f".{path.name}.lock")
+    with alone(lock, path):
+        try:
+            yield path
+        finally:
+            with suppress(OSError):  # not every system removes open files
+                lock.unlink()
 
 
 def _chunks(documents: Iterable[Place]) -> Iterator[list[Place]]:

@@ -28,7 +28,7 @@ from qwen_scope.data.synthesis.verify import reading
 from qwen_scope.data.synthesis.writers import Ask, Local, Outcome, Remote, Written
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.feature_name import parse_feature
-from qwen_scope.files import expanded, replacing
+from qwen_scope.files import alone, expanded, replacing
 from qwen_scope.fingerprint import fingerprint
 from qwen_scope.generation.generate import ROWS
 from qwen_scope.index.endpoint import GIVE_UP, Endpoint, EndpointError
@@ -71,7 +71,7 @@ def synthesize(
         spent: tokens that count against the budget too, such as a judge's.
 
     Raises:
-        QwenScopeError: features, seeds or options that cannot be, or a folder with another synthesis.
+        QwenScopeError: features, seeds or options that cannot be, or a folder with another synthesis or one at work.
         EndpointError: an endpoint that cannot go on; what was written is kept.
         Stopped: Ctrl-C; what was written is kept.
     """
@@ -87,14 +87,16 @@ def synthesize(
             f"expected an index of {scope.suite.name}, found one of {index.about.suite} with other weights; use the index of the "
             "suite that is read with"
         )
-    run = _Run(scope, index, names, expanded(folder), config, endpoint, spent or Spent())
-    run.read_seeds(seeds, column, template)
-    try:
-        run.whole()
-    except (Stopped, EndpointError):
-        run.save()
-        raise
-    return run.save()
+    place = expanded(folder)
+    with alone(place / "lock", place):
+        run = _Run(scope, index, names, place, config, endpoint, spent or Spent())
+        run.read_seeds(seeds, column, template)
+        try:
+            run.whole()
+        except (Stopped, EndpointError):
+            run.save()
+            raise
+        return run.save()
 
 
 class _Run:
