@@ -15,6 +15,7 @@ import torch
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.bundled import GGUF_SHA256
+from qwen_scope.comparison import By, Comparison, compare
 from qwen_scope.devices import as_device
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evaluation import SAMPLE_TEXTS, CheckReport, check
@@ -165,6 +166,43 @@ class Scope:
                     start = end
         results = [text_features(text, by_layer) for text, by_layer in zip(texts, found, strict=True)]
         return results[0] if single else results
+
+    def compare(
+        self,
+        first: str | Sequence[Any],
+        second: str | Sequence[Any],
+        *,
+        layers: Sequence[int] | int | None = None,
+        by: By = "rate",
+        top: int = 10,
+        skip_first: bool = True,
+        skip_common_tokens: bool = False,
+        skip_common_prefix: bool = False,
+    ) -> Comparison:
+        """Which features fire otherwise in some texts than in others; see `qwen_scope.comparison.compare`.
+
+        Args:
+            first: a text, or a list of texts (or of whatever else `features` takes).
+            second: the same, to compare with.
+            layers: fewer layers than the scope reads.
+
+        For the other arguments see `qwen_scope.comparison.compare`.
+
+        Raises:
+            QwenScopeError: texts that cannot be read, a layer that is not there, or nothing left to count.
+        """
+        groups = [[group] if isinstance(group, str) else list(group) for group in (first, second)]
+        # All at once, so that each layer's SAE is used once.
+        read = self.features([text for group in groups for text in group], layers=layers)
+        return compare(
+            read[: len(groups[0])],
+            read[len(groups[0]) :],
+            by=by,
+            top=top,
+            skip_first=skip_first,
+            skip_common_tokens=skip_common_tokens,
+            skip_common_prefix=skip_common_prefix,
+        )
 
     def check(self, texts: Any = None, *, layers: Sequence[int] | int | None = None) -> CheckReport:
         """How well the SAEs fit the model, and which classic mistake explains it if they do not.

@@ -14,7 +14,7 @@ import torch
 from qwen_scope.corpus import Document
 from qwen_scope.corpus.columns import Broken
 from qwen_scope.data.fired import Fired, Position, read_tokens
-from qwen_scope.data.items import read_items
+from qwen_scope.data.items import Items, read_items
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, read_safetensors, write_safetensors
 from qwen_scope.fingerprint import fingerprint
@@ -70,7 +70,7 @@ class Footprint:
     @staticmethod
     def of(
         scope: Scope,
-        source: str | Path | Sequence[Document],
+        source: str | Path | Sequence[Document] | Items,
         *,
         layer: int,
         position: Position = "last",
@@ -85,7 +85,7 @@ class Footprint:
         """Reads a set through the model and one SAE.
 
         Args:
-            source: a file, folder or Hugging Face dataset, or the texts themselves.
+            source: a file, folder or Hugging Face dataset, the texts themselves, or items that have been read.
             layer: whose features.
             position: `last` counts what fires at each item's last token, as the report does; `any` what fires anywhere.
             name: what to call the set; its file's name unless told.
@@ -106,14 +106,18 @@ class Footprint:
             broken(sentence)
 
         scope.suite[layer]
-        items = read_items(
-            source,
-            column=column,
-            template=template,
-            split=split,
-            subset=subset,
-            count=count,
-            broken=None if broken is None else told,
+        items = (
+            source
+            if isinstance(source, Items)
+            else read_items(
+                source,
+                column=column,
+                template=template,
+                split=split,
+                subset=subset,
+                count=count,
+                broken=None if broken is None else told,
+            )
         )
         texts, _ = tokenize(items.texts, scope.backbone.tokenizer)
         fit = [
