@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,21 @@ if TYPE_CHECKING:
 
 def draw(evaluation: Evaluation, path: Path) -> None:
     """Writes a PNG."""
+    data = picture(evaluation)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def picture(evaluation: Evaluation) -> bytes:
+    """The same as it would be written."""
+    from matplotlib import rc_context
+
+    # Nothing that LaTeX would read in the name of a label or method.
+    with rc_context({"text.usetex": False, "text.parse_math": False}):
+        return _drawn(evaluation)
+
+
+def _drawn(evaluation: Evaluation) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
@@ -37,5 +53,6 @@ def draw(evaluation: Evaluation, path: Path) -> None:
         by_share.plot(list(of), list(of.values()), marker="o", markersize=3, label=name)
     by_share.set(xlabel="share of the discovery texts", ylabel="F1", xscale="log", ylim=(0, 1.01))
     by_share.legend(fontsize=6)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=110)
+    return held.getvalue()
