@@ -40,6 +40,7 @@ def create(
     *,
     model: str | None = None,
     suite: str | None = None,
+    opening: str = "Scope.from_pretrained()",
 ) -> gr.Blocks:
     """The page; `running` and `serve` show it.
 
@@ -50,10 +51,13 @@ def create(
         config: limits.
         model: what the page calls the model. Default: its own name.
         suite: what it calls the SAEs. Default: theirs.
+        opening: the Python expression that opens such a scope.
     """
     if index is not None and set(scope.layers) <= set(index.layers):
         scope.maxima = index.maxima
-    shared = Shared(scope, index, config, Link())
+        # Or a search by example would load the model once more.
+        index.scope = scope
+    shared = Shared(scope, index, config, Link(), opening)
     with gr.Blocks(
         title="Qwen-Scope", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS), fill_width=True
     ) as page:

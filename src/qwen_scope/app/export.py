@@ -44,17 +44,31 @@ def buttons(
         picture: `elem_id` of what is shown, of which the browser then makes a PNG.
     """
     with gr.Row(elem_classes="qs-row"):
-        box = gr.Textbox(visible=False)
         for kind, make in files.items():
-            button = gr.Button(f"{kind.upper()} file", size="sm", elem_id=f"{name}-{kind}", min_width=80)
-            button.click(in_words(_packed(f"{name}.{kind}", make)), list(inputs), [box], **shared.looking).success(
-                None, [box], None, js="packed => { qsSave(packed); return []; }", queue=False
-            )
+            button(shared, f"{kind.upper()} file", f"{name}.{kind}", f"{name}-{kind}", inputs, make)
         if picture is not None:
             taken = f"() => {{ qsPicture({json.dumps(picture)}, {json.dumps(name + '.png')}); return []; }}"
             gr.Button("PNG picture", size="sm", elem_id=f"{name}-png", min_width=80).click(
-                None, None, None, js=taken, queue=False
+                None, None, None, js=taken, queue=False, api_visibility="private"
             )
+
+
+def button(
+    shared: Shared,
+    label: str,
+    file: str,
+    elem_id: str,
+    inputs: Sequence[Component],
+    make: Callable[..., str | bytes],
+) -> None:
+    """A button that downloads a file of that name, made when it is pressed; the maker may raise `QwenScopeError`."""
+    box = gr.Textbox(visible=False)
+    asked = gr.Button(label, size="sm", elem_id=elem_id, min_width=80).click(
+        in_words(_packed(file, make)), list(inputs), [box], **shared.looking
+    )
+    asked.success(
+        None, [box], None, js="packed => { qsSave(packed); return []; }", queue=False, api_visibility="private"
+    )
 
 
 def _packed(name: str, make: Callable[..., str | bytes]) -> Callable[..., str]:

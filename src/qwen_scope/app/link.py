@@ -8,13 +8,14 @@ JSON. `run=1` also presses the tab's main button.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 import gradio as gr
 from gradio.components import Component
+from gradio.events import Dependency
 
 MOST_FIELDS = 64
 """Values in a link that are read."""
@@ -42,19 +43,23 @@ class Link:
     def __init__(self) -> None:
         self._kept: list[Kept] = []
 
-    def keep(self, tab: str, button: gr.Button, components: Mapping[str, Component]) -> None:
+    def keep(
+        self, tab: str, button: gr.Button, components: Mapping[str, Component], *, after: Sequence[Dependency] = ()
+    ) -> None:
         """From now on, pressing the button puts the components' values into the address.
 
         Args:
             tab: name of the tab.
             button: its main button, with the `elem_id` `run-<tab>`.
             components: by the name that the link gives them: Textbox, Number, Slider, Checkbox, Radio, Dropdown, CheckboxGroup.
+            after: other events, such as the choice of a token, after which the address is written anew.
         """
         self._kept.append(Kept(tab, dict(components)))
         remember = (
             f"(...values) => {{ qsRemember({json.dumps(tab)}, {json.dumps(list(components))}, values); return []; }}"
         )
-        button.click(None, list(components.values()), None, js=remember, queue=False, api_visibility="private")
+        for event in (button.click, *(each.then for each in after)):
+            event(None, list(components.values()), None, js=remember, queue=False, api_visibility="private")
 
     def wire(self, page: gr.Blocks, tabs: gr.Tabs) -> None:
         """Reads the address when the page is opened and whenever a link on it is followed."""

@@ -30,7 +30,7 @@ def running(
         scope: the model and its SAEs.
         index: a feature index of the same suite.
         config: where it listens, who may use it, and how much; a free port is taken unless told.
-        named: `model` and `suite` as for `create`.
+        named: `model`, `suite` and `opening` as for `create`.
 
     Raises:
         QwenScopeError: the address cannot be listened on, or a password is asked for that is not set.

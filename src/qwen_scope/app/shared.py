@@ -11,7 +11,8 @@ fills; it makes its components, wires their events, and gives nothing back. What
 - **What users or models wrote is escaped** wherever it goes into HTML; `tokens` has what shows tokens.
 - **The main button** has `elem_id="run-<tab>"` and `variant="primary"`, and `shared.link.keep(...)` is told which components a
   link restores; `link` says the rest. `#tab=features&feature=15/1037&run=1`, as `link.href` writes it, is a link to anything.
-- **What is shown can be taken away**: `export.buttons` makes a row of CSV, JSON, PNG and the Python lines.
+- **What is shown can be taken away**: `export.buttons` makes a row of CSV, JSON, PNG and the Python lines, which begin with
+  `scope = <shared.opening>`.
 - Elements that tests and pictures look for have an `elem_id` that begins with the tab's name.
 """
 
@@ -48,6 +49,8 @@ class Shared:
     """Limits."""
     link: Link
     """What a link restores."""
+    opening: str = "Scope.from_pretrained()"
+    """The Python expression that opens such a scope, for the lines that give a result."""
 
     @cached_property
     def names(self) -> Names:
