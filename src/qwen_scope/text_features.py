@@ -142,7 +142,11 @@ class TextFeatures:
                     "id": self.ids[position],
                     "span": list(self.spans[position]),
                     "features": {str(layer.layer): features_at(layer, position) for layer in self},
-                    **({"errors": {str(n): float(off[position]) for n, off in self.errors.items()}} if self.errors else {}),
+                    **(
+                        {"errors": {str(n): float(off[position]) for n, off in self.errors.items()}}
+                        if self.errors
+                        else {}
+                    ),
                 }
                 for position, token in enumerate(self.tokens)
             ],

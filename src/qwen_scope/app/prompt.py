@@ -50,7 +50,9 @@ def build(shared: Shared) -> None:
         feature = gr.Textbox(label="The feature", placeholder="15/1037", elem_id="prompt-feature", max_lines=1)
         count = gr.Slider(1, min(50, scope.suite.k), value=min(8, scope.suite.k), step=1, label="Features of a token")
     at = gr.Number(-1, visible=False, precision=0)
-    maps = gr.HTML(tokens.note("Press Read to see what the model finds in the text."), elem_id="prompt-maps", **tokens.listening)
+    maps = gr.HTML(
+        tokens.note("Press Read to see what the model finds in the text."), elem_id="prompt-maps", **tokens.listening
+    )
     details = gr.HTML(elem_id="prompt-details", **tokens.listening)
     strongest = gr.HTML(elem_id="prompt-strongest", **tokens.listening)
     with gr.Accordion("The Python lines that give this", open=False):

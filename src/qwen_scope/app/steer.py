@@ -67,10 +67,16 @@ def build(shared: Shared) -> None:
                 elem_id="steer-steering",
             )
             with gr.Accordion("Add an edit", open=True), gr.Row():
-                feature = gr.Textbox(label="Feature", placeholder="15/1037", max_lines=1, elem_id="steer-feature", min_width=90)
+                feature = gr.Textbox(
+                    label="Feature", placeholder="15/1037", max_lines=1, elem_id="steer-feature", min_width=90
+                )
                 preset = gr.Dropdown(PRESETS, value="0.8x", label="Amount", elem_id="steer-preset", min_width=120)
                 custom = gr.Textbox(
-                    label="Custom amount", placeholder="-2x, =5, *0.5", max_lines=1, elem_id="steer-custom", min_width=110
+                    label="Custom amount",
+                    placeholder="-2x, =5, *0.5",
+                    max_lines=1,
+                    elem_id="steer-custom",
+                    min_width=110,
                 )
                 where = gr.Dropdown(
                     WHERE, value="all", label="Tokens", allow_custom_value=True, elem_id="steer-where", min_width=110
@@ -82,7 +88,9 @@ def build(shared: Shared) -> None:
         button = gr.Button("Generate", variant="primary", elem_id="run-steer")
         stop = gr.Button("Stop", variant="stop", elem_id="steer-stop")
     both = gr.HTML(
-        tokens.note("Press Generate to see the text with and without the steering."), elem_id="steer-both", **tokens.listening
+        tokens.note("Press Generate to see the text with and without the steering."),
+        elem_id="steer-both",
+        **tokens.listening,
     )
     pinned = gr.HTML(elem_id="steer-pinned")
     traced = gr.HTML(elem_id="steer-trace")
@@ -157,7 +165,9 @@ def build(shared: Shared) -> None:
         return text, ""
 
     inputs = [prompt, read_as, steering, length, temperature, top_p, top_k, seed]
-    run = button.click(generate, inputs, [result, both, pinned, traced, lines], show_progress_on=[both], **shared.running)
+    run = button.click(
+        generate, inputs, [result, both, pinned, traced, lines], show_progress_on=[both], **shared.running
+    )
     stop.click(None, None, None, cancels=[run], queue=False, api_visibility="private")
     both.click(pressed, [result], [both, pinned], **shared.looking)
     gr.on(
@@ -253,7 +263,9 @@ def _recipes(shared: Shared, steering: gr.Textbox) -> None:
                 [steering, name],
                 lambda steering, name: recipe(shared.scope, steering, name),
             )
-            opened = gr.UploadButton("Open a file", file_types=[".json"], size="sm", elem_id="steer-recipe-open", min_width=80)
+            opened = gr.UploadButton(
+                "Open a file", file_types=[".json"], size="sm", elem_id="steer-recipe-open", min_width=80
+            )
 
     def listed(recipes: Any) -> Any:
         return gr.Dropdown(choices=sorted(_strings(recipes)), value=None)

@@ -32,7 +32,10 @@ def positions_html(read: TokenizedText, steering: Steering) -> str:
         read.tokens,
         [len(edits) / most for edits in by],
         label="Tokens of the prompt, those steered underlined",
-        titles=[f"position {at}, {'steered by ' + ', '.join(edits) if edits else 'not steered'}" for at, edits in enumerate(by)],
+        titles=[
+            f"position {at}, {'steered by ' + ', '.join(edits) if edits else 'not steered'}"
+            for at, edits in enumerate(by)
+        ],
         marked=[at for at, edits in enumerate(by) if edits],
     )
     after = [str(edit) for edit in steering.edits if edit.where.generated]
@@ -62,7 +65,9 @@ def edits_html(shared: Shared, steering: Steering) -> str:
 
 def _amount(edit: Edit) -> str:
     by = f"{edit.strength:g}{' times its highest activation' if edit.unit == 'x' else ''}"
-    return {"add": f"adds {by}", "clamp": f"clamps to {by}", "scale": f"scales by {by}", "ablate": "takes away"}[edit.how]
+    return {"add": f"adds {by}", "clamp": f"clamps to {by}", "scale": f"scales by {by}", "ablate": "takes away"}[
+        edit.how
+    ]
 
 
 def _raw(shared: Shared, edit: Edit) -> str:

@@ -90,7 +90,9 @@ def build(shared: Shared, steering: gr.Textbox, read_as: gr.Radio) -> None:
     ) -> Iterator[Any]:
         texts = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not what.strip():
-            raise QwenScopeError("expected what should become more, found nothing; type words, a language, or a feature")
+            raise QwenScopeError(
+                "expected what should become more, found nothing; type words, a language, or a feature"
+            )
         if kind not in {value for _, value in EFFECTS}:
             raise QwenScopeError(f"expected one of the effects offered, found {kind[:40]!r}; choose one")
         config = SweepConfig(
@@ -103,8 +105,8 @@ def build(shared: Shared, steering: gr.Textbox, read_as: gr.Radio) -> None:
         many = len(texts) * (1 + count * (1 + config.random_features) + WAYS_TO_ASK * bool(config.instruction))
         if many > shared.config.max_sweep_texts:
             raise QwenScopeError(
-                f"expected a sweep of at most {shared.config.max_sweep_texts} texts, found {many}; take fewer prompts, strengths or "
-                "random features"
+                f"expected a sweep of at most {shared.config.max_sweep_texts} texts, found {many}; take fewer prompts, "
+                "strengths or random features"
             )
         inputs: list[Any] = texts if read_as == "text" else [[{"role": "user", "content": text}] for text in texts]
         wanted, effect = Steering.of(steering), f"{kind}:{what.strip()}"
@@ -183,7 +185,11 @@ def report_html(report: SweepReport) -> str:
         for point in report.points
     ]
     texts = [
-        [escape(each.arm), f"{each.strength:g}", f'<span class="qs-text">{escape(each.prompt)} <b>{escape(each.text)}</b></span>']
+        [
+            escape(each.arm),
+            f"{each.strength:g}",
+            f'<span class="qs-text">{escape(each.prompt)} <b>{escape(each.text)}</b></span>',
+        ]
         for each in report.examples
     ]
     head = ["Arm", "Strength", "Effect", "Interval", "Perplexity", "Coherent"]
@@ -213,7 +219,18 @@ def as_csv(report: SweepReport) -> str:
     """A row for each strength of each arm."""
     columns = ["arm", "kind", "strength", "effect", "low", "high", "perplexity", "repetition", "tokens", "coherent"]
     rows = [
-        [p.arm, p.kind, p.strength, p.effect.mean, p.effect.low, p.effect.high, p.perplexity, p.repetition, p.tokens, p.coherent]
+        [
+            p.arm,
+            p.kind,
+            p.strength,
+            p.effect.mean,
+            p.effect.low,
+            p.effect.high,
+            p.perplexity,
+            p.repetition,
+            p.tokens,
+            p.coherent,
+        ]
         for p in report.points
     ]
     return export.to_csv(columns, rows)
