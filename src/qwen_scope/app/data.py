@@ -57,8 +57,8 @@ def _build_sets(shared: Shared) -> None:
     found = gr.State(None)
     gr.HTML(
         tokens.note(
-            f"Upload up to {MOST_SETS} sets of texts, to see how much each repeats itself, how much they share, what each next one "
-            f"adds, and of two, which features differ. Of each, the first {config.max_texts} items are read."
+            f"Upload up to {MOST_SETS} sets of texts, to see how much each repeats itself, how much they share, what each next "
+            f"one adds, and of two, which features differ. Of each, the first {config.max_texts} items are read."
         )
     )
     files = gr.File(

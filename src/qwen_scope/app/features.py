@@ -25,8 +25,8 @@ from qwen_scope.tokens import tokenize
 How = Literal["words", "example"]
 HOWS: list[tuple[str, How]] = [("words", "words"), ("an example text", "example")]
 SHARED = "Labels are shared: everybody who uses this app, or the library on this machine, sees what is saved here."
-STEERED = "2x"
-"""How strongly a feature is carried to the tab Steer: twice the highest activation seen."""
+STEERED = "0.8x"
+"""How strongly a feature is carried to the tab Steer: as its preset Medium, of the highest activation seen."""
 
 
 def build(shared: Shared) -> None:

@@ -146,5 +146,5 @@ def _first(items: Items, count: int | None) -> Items:
 
 
 def _without_folder(text: str, path: Path) -> str:
-    """A sentence that names a file, without the folder, which is this machine's affair."""
-    return text.replace(str(path), path.name)
+    """A sentence that names a file, without the folder, which is this machine's affair, and without the terminal's options."""
+    return text.replace(str(path), path.name).replace(" with --column (column= in Python)", "")
