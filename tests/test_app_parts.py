@@ -6,9 +6,8 @@ import json
 import re
 from html.parser import HTMLParser
 
-import pytest
-
 import gradio as gr
+import pytest
 
 from qwen_scope import QwenScopeError
 from qwen_scope.app import export, tokens

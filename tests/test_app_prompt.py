@@ -4,7 +4,6 @@ import csv
 import json
 
 import pytest
-
 from app_browser import HOSTILE, tab
 from playwright.sync_api import Page, expect
 

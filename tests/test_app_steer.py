@@ -3,8 +3,6 @@
 import json
 from math import exp
 
-import pytest
-
 from app_browser import HOSTILE, tab
 from playwright.sync_api import Page, expect
 
