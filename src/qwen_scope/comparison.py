@@ -73,14 +73,14 @@ class Comparison:
     """The first group's texts."""
     second: list[TextFeatures]
     """The second's."""
-    first_counted: list[Bool[Tensor, " tokens"]]
+    first_counted: list[Bool[Tensor, " _"]]
     """Of each text, which tokens were counted."""
-    second_counted: list[Bool[Tensor, " tokens"]]
+    second_counted: list[Bool[Tensor, " _"]]
     """The same of the second group."""
 
     def activations(
         self, name: str | tuple[int, int]
-    ) -> tuple[list[Float[Tensor, " tokens"]], list[Float[Tensor, " tokens"]]]:
+    ) -> tuple[list[Float[Tensor, " _"]], list[Float[Tensor, " _"]]]:
         """A feature's value at every token of each text, whether counted or not: the first group's, the second's.
 
         Raises:

@@ -19,6 +19,7 @@ from qwen_scope.data.classification.scores import Scores, f1, scores
 from qwen_scope.data.classification.sets import Sets
 from qwen_scope.data.classification.splitting import classes, sizes
 from qwen_scope.data.items import Items
+from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, replacing
 
 if TYPE_CHECKING:
