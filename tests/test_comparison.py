@@ -25,7 +25,7 @@ def scope(llama, suite, tokenizer) -> Scope:
 
 def text_of(ids: list[int], rows: list[dict[int, float]], d_sae: int = 6) -> TextFeatures:
     """A text whose tokens fire the features given."""
-    k = max(len(row) for row in rows)
+    k = 2
     indices = torch.tensor([(list(row) + [n for n in range(d_sae) if n not in row])[:k] for row in rows])
     values = torch.tensor([(list(row.values()) + [0.0] * k)[:k] for row in rows])
     tokenized = TokenizedText("x" * len(ids), ids, ["x"] * len(ids), [(n, n + 1) for n in range(len(ids))])

@@ -34,6 +34,7 @@ def build(shared: Shared) -> None:
         height=120,
     )
     text = gr.Textbox(
+        "",
         label="A text to try the rule on",
         lines=3,
         max_lines=12,

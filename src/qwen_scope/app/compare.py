@@ -35,7 +35,7 @@ def build(shared: Shared) -> None:
     """The tab."""
     scope, config = shared.scope, shared.config
     found = gr.State(None)
-    feature = gr.Textbox(visible=False)
+    feature = gr.Textbox("", visible=False)
     gr.HTML(
         tokens.note(
             "Which features fire more often, or more strongly, in one text than in another. Pressing a feature below shows where "

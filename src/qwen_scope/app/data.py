@@ -76,12 +76,14 @@ def _build_sets(shared: Shared) -> None:
     position = gr.Radio(PLACES, value="last", label="A feature counts where it fires", elem_id="data-position")
     with gr.Row():
         column = gr.Textbox(
+            "",
             label="Column of the text",
             info="Of files with several; left empty, it is text, messages, or the only one.",
             max_length=200,
             elem_id="data-column",
         )
         template = gr.Textbox(
+            "",
             label="Or a text made of columns",
             info="Such as: Question: {question}",
             max_length=2000,

@@ -44,6 +44,7 @@ def build(shared: Shared) -> None:
     opened, found = gr.State(None), gr.State(None)
     with gr.Row():
         asked = gr.Textbox(
+            "",
             label="Search, or a feature's number",
             info="Words, or an example text; or a number such as "
             f"{index.layers[-1]}/905, layer and feature, which opens its page.",
@@ -62,6 +63,7 @@ def build(shared: Shared) -> None:
     page = gr.HTML(elem_id="features-page")
     with gr.Column(visible=False, elem_id="features-labelling") as labelling:
         label = gr.Textbox(
+            "",
             label="Label",
             info=SHARED + " An empty one takes back what was written by hand.",
             max_length=LONGEST,
