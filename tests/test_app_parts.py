@@ -66,7 +66,7 @@ def test_a_link_sets_what_it_names_and_nothing_else():
 def test_a_heat_map_shows_every_token_as_text():
     given = [HOSTILE, "", "a\tb", "plain"]
     html = tokens.heat_map(
-        given, [0.5, -3, float("nan"), 0], label='x"y', name="n'", titles=["<b>", "", "", ""], pressed=2, marked=[3]
+        given, [0.5, -3.0, float("nan"), 0.0], label='x"y', name="n'", titles=["<b>", "", "", ""], pressed=2, marked=[3]
     )
     read = Texts(html)
     assert read.text == "".join(map(tokens.shown, given))

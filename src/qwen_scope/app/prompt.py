@@ -70,7 +70,7 @@ def build(shared: Shared) -> None:
     )
 
     @in_words
-    def read(text: str, layers: list[int], read_as: str, colour: str, feature: str, count: float, at: float) -> Any:
+    def read(text: str, layers: list[int], read_as: str, colour: str, feature: str, count: int | float, at: int | float) -> Any:
         if not layers:
             raise QwenScopeError("expected a layer to read, found none chosen; tick one")
         inputs: Any = [{"role": "user", "content": text}] if read_as == "chat" and text else text
@@ -87,7 +87,7 @@ def build(shared: Shared) -> None:
         )
 
     @in_words
-    def shown(found: TextFeatures | None, colour: str, feature: str, count: float, at: float) -> Any:
+    def shown(found: TextFeatures | None, colour: str, feature: str, count: int | float, at: int | float) -> Any:
         if found is None:
             return gr.skip(), gr.skip()
         return (
@@ -96,14 +96,14 @@ def build(shared: Shared) -> None:
         )
 
     @in_words
-    def pressed(found: TextFeatures | None, colour: str, feature: str, count: float, event: gr.EventData) -> Any:
+    def pressed(found: TextFeatures | None, colour: str, feature: str, count: int | float, event: gr.EventData) -> Any:
         at = getattr(event, "at", None)
         if found is None or not isinstance(at, int) or not 0 <= at < len(found):
             return gr.skip(), gr.skip(), gr.skip()
         return at, *shown(found, colour, feature, count, at)
 
     @in_words
-    def chosen(found: TextFeatures | None, count: float, at: float, event: gr.EventData) -> Any:
+    def chosen(found: TextFeatures | None, count: int | float, at: int | float, event: gr.EventData) -> Any:
         name = getattr(event, "choose", None)
         if found is None or not isinstance(name, str):
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()

@@ -113,11 +113,11 @@ def build(shared: Shared) -> None:
         prompt: str,
         read_as: str,
         steering: str,
-        length: float,
-        temperature: float,
-        top_p: float,
-        top_k: float,
-        seed: float,
+        length: int | float,
+        temperature: int | float,
+        top_p: int | float,
+        top_k: int | float,
+        seed: int | float,
     ) -> Iterator[Any]:
         inputs, thinking = as_inputs(prompt, read_as)
         tokenize(inputs, scope.backbone.tokenizer, thinking=thinking, reply=True, most=shared.config.max_tokens)

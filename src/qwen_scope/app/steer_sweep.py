@@ -84,8 +84,8 @@ def build(shared: Shared, steering: gr.Textbox, read_as: gr.Radio) -> None:
         what: str,
         instruction: str,
         strengths: str,
-        others: float,
-        length: float,
+        others: int | float,
+        length: int | float,
         progress: gr.Progress = gr.Progress(),
     ) -> Iterator[Any]:
         texts = [line.strip() for line in prompts.splitlines() if line.strip()]
