@@ -128,7 +128,7 @@ def test_what_cannot_be_compared_is_said(visit):
     page = visit()
     compare(page, "", FRENCH)
     expect(page.get_by_text("expected a first text to compare, found none")).to_be_visible()
-    page.reload()
+    page = visit()
     compare(page, "Same words here.", "Same words here.")
     expect(page.locator("#compare-said")).to_contain_text("No feature differs")
 

@@ -75,7 +75,7 @@ def test_colours_follow_one_feature_or_the_error(visit, app):
     expect(token).to_have_attribute("title", f"value of {name} {value:.3g}")
     expect(token).to_have_attribute("style", "--shade:1.000")
 
-    page.get_by_label("Reconstruction error").check()
+    page.get_by_role("radio", name="Reconstruction error").check()
     expect(page.locator("#prompt-maps .qs-map")).to_have_count(3)
     error = float(found.errors[7][2])
     expect(page.locator("#prompt-maps .qs-map").first.locator(".qs-token").nth(2)).to_have_attribute(
@@ -83,7 +83,7 @@ def test_colours_follow_one_feature_or_the_error(visit, app):
     )
 
 
-def test_what_is_shown_can_be_taken_away(visit, app, tmp_path):
+def test_what_is_shown_can_be_taken_away(visit, app):
     page = visit()
     page.locator("#prompt-json").click()
     expect(page.get_by_text("press Read first")).to_be_visible()

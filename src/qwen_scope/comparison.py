@@ -78,9 +78,7 @@ class Comparison:
     second_counted: list[Bool[Tensor, " _"]]
     """The same of the second group."""
 
-    def activations(
-        self, name: str | tuple[int, int]
-    ) -> tuple[list[Float[Tensor, " _"]], list[Float[Tensor, " _"]]]:
+    def activations(self, name: str | tuple[int, int]) -> tuple[list[Float[Tensor, " _"]], list[Float[Tensor, " _"]]]:
         """A feature's value at every token of each text, whether counted or not: the first group's, the second's.
 
         Raises:

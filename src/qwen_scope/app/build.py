@@ -16,6 +16,7 @@ from qwen_scope.app import compare, data, features, look, prompt, steer
 from qwen_scope.app.config import AppConfig
 from qwen_scope.app.link import Link
 from qwen_scope.app.shared import Shared
+from qwen_scope.steering.recipe import model_name
 
 if TYPE_CHECKING:
     from qwen_scope.index.feature_index import FeatureIndex
@@ -61,7 +62,7 @@ def create(
     with gr.Blocks(
         title="Qwen-Scope", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS), fill_width=True
     ) as page:
-        gr.HTML(look.above(model or scope.backbone.name, suite or scope.suite.name))
+        gr.HTML(look.above(model or model_name(scope.backbone, scope.suite), suite or scope.suite.name))
         with gr.Tabs(selected=TABS[0][0], elem_id="tabs") as tabs:
             for name, title, fill in TABS:
                 with gr.Tab(title, id=name, elem_id=f"tab-{name}"):

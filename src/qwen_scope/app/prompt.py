@@ -70,7 +70,9 @@ def build(shared: Shared) -> None:
     )
 
     @in_words
-    def read(text: str, layers: list[int], read_as: str, colour: str, feature: str, count: int | float, at: int | float) -> Any:
+    def read(
+        text: str, layers: list[int], read_as: str, colour: str, feature: str, count: int | float, at: int | float
+    ) -> Any:
         if not layers:
             raise QwenScopeError("expected a layer to read, found none chosen; tick one")
         inputs: Any = [{"role": "user", "content": text}] if read_as == "chat" and text else text

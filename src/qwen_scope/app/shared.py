@@ -6,7 +6,7 @@ fills; it makes its components, wires their events, and gives nothing back. What
 - **No visitor meets another.** What a click finds is returned to components or to a `gr.State`, never kept in a module or an
   object. `scope` and `index` are used by all at once, which both allow; `shared.scope` is never changed.
 - **Events that run the model** are given `**shared.running`, so that so many run at once as the config says and the rest wait
-  in the queue; those that only look something up are given `queue=False`, so that they wait for nobody.
+  in the queue; those that only look something up are given `**shared.looking`, and wait for nobody.
 - **Errors are told in words.** Every event handler is wrapped in `in_words`, which shows a `QwenScopeError` to the visitor.
 - **What users or models wrote is escaped** wherever it goes into HTML; `tokens` has what shows tokens.
 - **The main button** has `elem_id="run-<tab>"` and `variant="primary"`, and `shared.link.keep(...)` is told which components a
@@ -65,7 +65,8 @@ class Shared:
     @property
     def looking(self) -> dict[str, Any]:
         """What events that only look something up are given."""
-        return {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        # Through the queue all the same: Gradio's page shows no errors of what does not pass it.
+        return {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @no_type_check  # else the tests' check of types would hide from Gradio which handlers yield

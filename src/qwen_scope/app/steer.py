@@ -66,23 +66,21 @@ def build(shared: Shared) -> None:
                 max_lines=10,
                 elem_id="steer-steering",
             )
-            with gr.Accordion("Add an edit", open=True), gr.Row():
-                feature = gr.Textbox(
-                    label="Feature", placeholder="15/1037", max_lines=1, elem_id="steer-feature", min_width=90
-                )
-                preset = gr.Dropdown(PRESETS, value="0.8x", label="Amount", elem_id="steer-preset", min_width=120)
-                custom = gr.Textbox(
-                    label="Custom amount",
-                    placeholder="-2x, =5, *0.5",
-                    max_lines=1,
-                    elem_id="steer-custom",
-                    min_width=110,
-                )
-                where = gr.Dropdown(
-                    WHERE, value="all", label="Tokens", allow_custom_value=True, elem_id="steer-where", min_width=110
-                )
-                add = gr.Button("Add", elem_id="steer-add", min_width=70)
             _recipes(shared, steering)
+    with gr.Accordion("Add an edit", open=True), gr.Row():
+        feature = gr.Textbox(label="Feature", placeholder="15/1037", max_lines=1, elem_id="steer-feature", min_width=90)
+        preset = gr.Dropdown(PRESETS, value="0.8x", label="Amount", elem_id="steer-preset", min_width=120)
+        custom = gr.Textbox(
+            label="Custom amount",
+            placeholder="-2x, =5, *0.5",
+            max_lines=1,
+            elem_id="steer-custom",
+            min_width=110,
+        )
+        where = gr.Dropdown(
+            WHERE, value="all", label="Tokens", allow_custom_value=True, elem_id="steer-where", min_width=110
+        )
+        add = gr.Button("Add", elem_id="steer-add", min_width=70)
     preview = gr.HTML(elem_id="steer-preview")
     with gr.Row():
         button = gr.Button("Generate", variant="primary", elem_id="run-steer")

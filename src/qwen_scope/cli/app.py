@@ -59,6 +59,7 @@ def show(
     quiet_loading()
     try:
         from qwen_scope.app.serve import running
+        from qwen_scope.steering.recipe import model_name
     except ModuleNotFoundError as error:
         raise QwenScopeError(
             f"expected the package {error.name} to show the web app, found it is not installed; run pip install "
