@@ -54,7 +54,7 @@ def test_a_search_by_an_example_finds_what_the_index_finds(app, visit):
     text = "Bonjour, je voudrais deux billets pour le train de demain matin."
     page = visit()
     tab(page, "Features")
-    page.get_by_label("an example text").check()
+    page.get_by_role("radio", name="an example text").check()
     page.locator("#features-options button").first.click()
     page.locator("#features-layers").get_by_label("23", exact=True).uncheck()
     ask(page, text)
