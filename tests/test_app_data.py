@@ -11,6 +11,8 @@ from playwright.sync_api import Page, expect
 from qwen_scope import QwenScopeError, Scope
 from qwen_scope.app import classified, data
 from qwen_scope.app.config import AppConfig
+from qwen_scope.app.link import Link
+from qwen_scope.app.shared import Shared
 from qwen_scope.data import Footprint
 from qwen_scope.data.classification import Rule, evaluate, fit_rule
 from qwen_scope.data.items import Items
@@ -88,7 +90,7 @@ def test_two_sets_as_the_library_studies_them(app, visit, tmp_path: Path):
     assert downloaded(page, "#data-csv").decode().startswith("set,items,features,")
     assert b"Content-Security-Policy" in downloaded(page, "#data-html")
     assert downloaded(page, "#data-png").startswith(b"\x89PNG")
-    assert "'cooking': 'cooking.csv'" in downloaded(page, "#data-py").decode()
+    assert "'cooking.csv', name='cooking'" in downloaded(page, "#data-py").decode()
 
 
 def test_the_python_lines_run(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -96,13 +98,14 @@ def test_the_python_lines_run(app, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "cooking.jsonl").write_text("".join(json.dumps({"q": text}) + "\n" for text in COOKING))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Scope, "from_pretrained", lambda: app.scope)
-    shared = type("Shared", (), {"opening": "Scope.from_pretrained()"})
+    shared = Shared(app.scope, app.index, AppConfig(), Link())
     names = {"sport": "/somewhere/sport.txt", "cooking": "/somewhere/cooking.jsonl"}
-    code = data.python_lines(shared, names, 15, "last", {"column": "q", "template": None, "count": 4})  # pyright: ignore
-    exec(code.replace(", column='q'", ""), {})
+    code = data.python_lines(shared, names, 15, "last", {"column": "q", "template": None, "count": 4})
+    exec(code, {})
     assert "sport" in capsys.readouterr().out
     assert "/somewhere" not in code
-    assert len(json.loads((tmp_path / "study" / "study.json").read_text())["sets"]) == 2
+    sets = json.loads((tmp_path / "study" / "study.json").read_text())["sets"]
+    assert [of["about"]["items"] for of in sets] == [4, 4]
 
 
 def test_what_cannot_be_studied_is_said(visit, tmp_path: Path):

@@ -146,7 +146,7 @@ def compare(
         raise QwenScopeError(f"expected to compare by {', '.join(get_args(By))}, found {by!r}; choose one of them")
     if top < 1:
         raise QwenScopeError(f"expected at least 1 feature of each layer, found top = {top}; ask for one or more")
-    groups = [list(first), list(second)]
+    groups = (list(first), list(second))
     for name, group in zip(("first", "second"), groups, strict=True):
         if not group:
             raise QwenScopeError(f"expected texts to compare, found none in the {name} group; give at least one")
@@ -156,12 +156,13 @@ def compare(
     counted = _counted(groups, skip_first, skip_common_tokens, skip_common_prefix)
     features = []
     for layer in layers:
-        features += _ranked(layer, *(_firing(layer, *pair) for pair in zip(groups, counted, strict=True)), by, top)
-    return Comparison(by, features, *groups, *counted)
+        firing = [_firing(layer, *pair) for pair in zip(groups, counted, strict=True)]
+        features += _ranked(layer, firing[0], firing[1], by, top)
+    return Comparison(by, features, groups[0], groups[1], counted[0], counted[1])
 
 
 def _counted(
-    groups: list[list[TextFeatures]], skip_first: bool, skip_common_tokens: bool, skip_common_prefix: bool
+    groups: Sequence[list[TextFeatures]], skip_first: bool, skip_common_tokens: bool, skip_common_prefix: bool
 ) -> list[list[Tensor]]:
     """Of each text of each group, which tokens count.
 

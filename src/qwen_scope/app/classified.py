@@ -47,8 +47,10 @@ def build(shared: Shared) -> None:
     def show(file: str | None, text: str) -> tuple[Any, str]:
         if file is None:
             raise QwenScopeError("expected a file with a rule or an evaluation, found none; choose one")
+        from qwen_scope.data.classification import Rule
+
         result = load(file, shared.config)
-        if not hasattr(result, "terms"):
+        if not isinstance(result, Rule):
             return result, evaluation_html(result)
         tried = None
         if text.strip():

@@ -219,36 +219,30 @@ def csv_of(study: Study) -> str:
 
 def python_lines(shared: Shared, names: dict[str, str], layer: int, position: Position, options: dict[str, Any]) -> str:
     """The lines that give a study of the same files."""
-    files = {name: Path(file).name for name, file in names.items()}
-    given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
-    by_line = any(Path(file).suffix.lower() in uploads.LINES for file in files.values())
-    source = "source"
+    given = "".join(f", {key}={value!r}" for key, value in options.items() if value is not None)
     lines = [
+        "from pathlib import Path",
+        "",
         "from qwen_scope import Scope",
         "from qwen_scope.data import Footprint",
         "from qwen_scope.data.study import study",
-    ]
-    if by_line:
-        lines += [
-            "from pathlib import Path",
-            "",
-            "def texts(source):  # one text a line",
-            "    lines = Path(source).read_text(encoding='utf-8').split('\\n') if source.endswith('.txt') else None",
-            f"    return source if lines is None else [line for line in lines if line.strip()][:{options['count']}]",
-        ]
-        source = "texts(source)"
-    lines += [
+        "",
+        "",
+        "def lines(file):",
+        '    return [line for line in Path(file).read_text(encoding="utf-8").split("\\n") if line.strip()]',
+        "",
         "",
         f"scope = {shared.opening}",
-        f"sets = {files!r}",
         "found = study([",
-        f"    Footprint.of(scope, {source}, layer={layer}, position={position!r}, name=name, broken=print{given})",
-        "    for name, source in sets.items()",
-        "])",
-        "print(found)",
-        'found.save("study")',
     ]
-    return "\n".join(lines) + "\n"
+    for name, file in names.items():
+        source, more = repr(Path(file).name), given
+        if Path(file).suffix.lower() in uploads.LINES:
+            source, more = f"lines({source})[:{options['count']}]", ""
+        lines.append(
+            f"    Footprint.of(scope, {source}, name={name!r}, layer={layer}, position={position!r}, broken=print{more}),"
+        )
+    return "\n".join([*lines, "])", "print(found)", 'found.save("study")']) + "\n"
 
 
 def _footprint(
