@@ -31,6 +31,7 @@ SETS = {
 
 
 def main() -> None:
+    """Takes all pictures."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SystemExit("expected Chromium to take pictures with, found none; install it")
@@ -59,17 +60,20 @@ def keep(png: bytes, path: Path) -> None:
 
 
 def prompt(page: Page, address: str) -> None:
+    """A text that was read."""
     page.goto(f"{address}/{href('prompt', text='The council met on Tuesday to repair the old bridge.', at=8)}")
     page.locator("#prompt-details table").first.wait_for()
 
 
 def compare(page: Page, address: str) -> None:
+    """The two texts that stand there."""
     page.goto(f"{address}/#tab=compare")
     page.locator("#run-compare").click()
     page.locator("#compare-heat .qs-map").first.wait_for()
 
 
 def steer(page: Page, address: str) -> None:
+    """Both texts, and what else was likely."""
     page.goto(f"{address}/{href('steer', **STEERED)}")
     page.locator("#steer-trace h3").wait_for()
     page.locator("#steer-steered .qs-token").nth(5).click()
@@ -79,11 +83,13 @@ def steer(page: Page, address: str) -> None:
 
 
 def features(page: Page, address: str) -> None:
+    """A feature's page."""
     page.goto(f"{address}/{href('features', feature='15/1037')}")
-    page.locator("#features-page .qs-map").first.wait_for()
+    page.locator("#features-page h1").wait_for()
 
 
 def data(page: Page, address: str) -> None:
+    """Two small sets."""
     page.goto(f"{address}/#tab=data")
     page.locator("#run-data").wait_for()
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +99,7 @@ def data(page: Page, address: str) -> None:
             files[-1].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         page.locator("#data-files input[type=file]").set_input_files(files)
         page.locator("#run-data").click()
-        page.locator("#data-report table").first.wait_for()
+        page.locator("#data-tables table").first.wait_for()
 
 
 SHOWN = {"prompt": prompt, "compare": compare, "steer": steer, "features": features, "data": data}

@@ -70,7 +70,7 @@ def show(
     scope, index = opened()
     with running(scope, index, config, model=model, suite=suite, opening=opening) as address:
         print(
-            f"{scope.backbone.name} through {scope.suite.name}: open {address} in a browser (Ctrl-C ends it)",
+            f"{model_name(scope.backbone, scope.suite)} through {scope.suite.name}: open {address} in a browser (Ctrl-C ends it)",
             flush=True,
         )
         if not config.local and config.password_variable is None:
