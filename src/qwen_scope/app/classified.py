@@ -28,7 +28,7 @@ def build(shared: Shared) -> None:
     """The components and their events."""
     found = gr.State(None)
     file = gr.File(
-        label="rule.json of `classify fit`, or evaluation.json of `classify evaluate`",
+        label="rule.json of qwen-scope classify fit, or evaluation.json of classify evaluate",
         file_types=[".json"],
         elem_id="data-rule-file",
         height=120,

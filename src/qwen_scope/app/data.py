@@ -198,6 +198,8 @@ def plots_html(study: Study) -> str:
 
 def table_html(shared: Shared, table: Table) -> str:
     """A table of a study; features in it are links to their pages, with what they are about."""
+    if not table.rows:
+        return tokens.note(f"{table.title}: none, or none so surely that chance does not explain it.")
     of_features = table.head[0] == "feature"
     columns = [*table.head, "about"] if of_features else table.head
     rows = []

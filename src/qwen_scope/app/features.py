@@ -59,17 +59,18 @@ def build(shared: Shared) -> None:
         layers = gr.CheckboxGroup(index.layers, value=index.layers, label="Layers", elem_id="features-layers")
         count = gr.Slider(1, 100, 20, step=1, label="Features at most", elem_id="features-count")
     run = gr.Button("Search or open", variant="primary", elem_id="run-features")
-    hits = gr.HTML(elem_id="features-hits")
-    page = gr.HTML(elem_id="features-page")
-    with gr.Column(visible=False, elem_id="features-labelling") as labelling:
+    hits = gr.HTML(elem_id="features-hits", max_height=360)
+    with gr.Row(visible=False, elem_id="features-labelling") as labelling:
         label = gr.Textbox(
             "",
             label="Label",
             info=SHARED + " An empty one takes back what was written by hand.",
             max_length=LONGEST,
             elem_id="features-label",
+            scale=5,
         )
-        save = gr.Button("Save label", size="sm", elem_id="features-save")
+        save = gr.Button("Save label", elem_id="features-save", scale=1, min_width=110)
+    page = gr.HTML(elem_id="features-page")
     with gr.Accordion("The Python lines that give this", open=False):
         code = gr.Code(language="python", label="Python", interactive=False, elem_id="features-python")
 

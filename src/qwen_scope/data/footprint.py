@@ -18,6 +18,7 @@ from qwen_scope.data.items import Items, read_items
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, read_safetensors, write_safetensors
 from qwen_scope.fingerprint import fingerprint
+from qwen_scope.steering.recipe import model_name
 from qwen_scope.tokens import TokenizedText, tokenize
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Footprint:
             left_out_first=left_out[0] if left_out else None,
             layer=layer,
             position=position,
-            model=scope.backbone.name,
+            model=model_name(scope.backbone, scope.suite),
             suite=scope.suite.name,
             fingerprint=fingerprint(scope.suite, [layer]),
         )

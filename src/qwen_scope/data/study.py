@@ -109,7 +109,8 @@ class Study:
                 "expected matplotlib to draw with, found it is not installed; run pip install 'qwen-scope[data]'"
             ) from error
         side = 2.5 + 0.6 * len(self.sets)
-        sizes = {"coverage": (8.0, 4.8), "overlaps": (side + 1, side)}
+        # The title of two sets' overlaps is wider than they are.
+        sizes = {"coverage": (8.0, 4.8), "overlaps": (max(side + 1, 6.0), side)}
         made = {}
         # Not pyplot, which keeps every figure of the process; and nothing that LaTeX would read in a name.
         with rc_context({"text.usetex": False, "text.parse_math": False}):
