@@ -1,9 +1,12 @@
 """The tab Steer in a browser, against what the library says."""
 
 import json
+import threading
+import time
 from math import exp
 
-from app_browser import HOSTILE, tab
+import pytest
+from app_browser import HOSTILE, closed, opened, tab
 from playwright.sync_api import Page, expect
 
 from qwen_scope import Sampling, Steering
@@ -154,6 +157,28 @@ def test_a_sweep_is_the_librarys(visit, app):
     effects = page.locator("#sweep-report table").first.locator("tbody td:nth-child(3)").all_text_contents()
     assert effects == [f"{point.effect.mean:.3g}" for point in report.points]
     assert page.locator("#sweep-report img").get_attribute("alt")
+
+
+@pytest.mark.parametrize("how", ["stop", "leave"])
+def test_a_sweep_ends_when_nobody_waits_for_it(app, chromium, how):
+    page = opened(chromium, f"{app.address}/{href('steer', run=False, steering='7/905:1x')}")
+    tab(page, "Steer")
+    page.get_by_role("button", name="Sweep over strengths").click()
+    page.get_by_label("Namely").fill("the")
+    page.get_by_label("number input for Tokens of each text").fill("4")
+    page.locator("#run-sweep").click()
+    expect(page.locator("#sweep-report")).to_contain_text("0 of 78 texts generated")
+    if how == "stop":
+        page.locator("#sweep-stop").click()
+    else:
+        closed(page)
+    deadline = time.monotonic() + 300
+    while any(thread.name == "qwen-scope sweep" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    if how == "stop":
+        expect(page.locator("#sweep-verdict")).to_have_count(0)
+        closed(page)
 
 
 def test_the_python_lines_give_the_same(visit, app):

@@ -37,4 +37,6 @@ class Names:
         assert self.index is not None
         found = self.index.rows(layer, "features", number, columns=["top_tokens"]).to_pylist()
         tokens = [visible(item["token"]) for item in found[0]["top_tokens"][:TOKENS]] if found else []
+        # A space at a token's edge is part of it, and no place to break a line.
+        tokens = [token.replace(" ", "\N{NO-BREAK SPACE}") for token in tokens]
         return "peaks at " + ", ".join(f"“{token}”" for token in tokens) if tokens else ""

@@ -83,8 +83,8 @@ def build(shared: Shared) -> None:
         add = gr.Button("Add", elem_id="steer-add", min_width=70)
     preview = gr.HTML(elem_id="steer-preview")
     with gr.Row():
-        button = gr.Button("Generate", variant="primary", elem_id="run-steer")
-        stop = gr.Button("Stop", variant="stop", elem_id="steer-stop")
+        button = gr.Button("Generate", variant="primary", elem_id="run-steer", scale=4)
+        stop = gr.Button("Stop", elem_id="steer-stop", scale=1, min_width=80)
     both = gr.HTML(
         tokens.note("Press Generate to see the text with and without the steering."),
         elem_id="steer-both",

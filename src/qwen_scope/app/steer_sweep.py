@@ -58,8 +58,8 @@ def build(shared: Shared, steering: gr.Textbox, read_as: gr.Radio) -> None:
                 others = gr.Slider(1, 8, value=2, step=1, label="Random features to compare with")
                 length = gr.Slider(4, 60, value=16, step=1, label="Tokens of each text")
         with gr.Row():
-            button = gr.Button("Sweep", variant="primary", elem_id="run-sweep")
-            stop = gr.Button("Stop the sweep", variant="stop", elem_id="sweep-stop")
+            button = gr.Button("Sweep", variant="primary", elem_id="run-sweep", scale=4)
+            stop = gr.Button("Stop the sweep", elem_id="sweep-stop", scale=1, min_width=80)
         shown = gr.HTML(elem_id="sweep-report")
         with gr.Accordion("The Python lines that give this", open=False):
             lines = gr.Code(language="python", label="Python", elem_id="sweep-python")
