@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from app_browser import HOSTILE, tab
 from playwright.sync_api import Page, expect
@@ -108,6 +109,26 @@ def test_the_python_lines_run(app, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [of["about"]["items"] for of in sets] == [4, 4]
 
 
+def test_stop_ends_a_long_comparison(visit, tmp_path: Path):
+    files = [tmp_path / f"set{n}.txt" for n in range(8)]
+    for file in files:
+        file.write_text("\n".join(f"{text} {n}" for n in range(20) for text in SPORT))
+    page = visit()
+    tab(page, "Data")
+    page.locator("#data-files input[type=file]").set_input_files(files)
+    expect(page.locator("#data-files")).to_contain_text("set7")
+    page.locator("#run-data").click()
+    expect(page.locator("#data-said")).to_contain_text("of 8")
+    page.locator("#data-stop").click()
+    expect(page.locator("#data-said")).to_contain_text("Stopped.")
+    # One set is enough for the next one, which runs although the first never ended.
+    page.get_by_label("Items of each set at most").first.fill("2")
+    page.get_by_label("Items of each set at most").first.press("Tab")
+    page.locator("#run-data").click()
+    expect(page.locator("#data-plots img")).to_have_count(2)
+    assert [row[1] for row in cells(page, "Sets")] == ["2"] * 8
+
+
 def test_what_cannot_be_studied_is_said(visit, tmp_path: Path):
     page = visit()
     tab(page, "Data")
@@ -180,6 +201,15 @@ def test_an_evaluation_is_shown(app, visit, tmp_path: Path):
 
 
 # Without a browser
+
+
+def test_without_its_packages_the_tab_says_what_to_install(app, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    with gr.Blocks() as page:
+        data.build(Shared(app.scope, app.index, AppConfig(), Link()))
+    (note,) = [block for block in page.blocks.values() if isinstance(block, gr.HTML)]
+    assert note.elem_id == "data-none"
+    assert "pip install &#x27;qwen-scope[data]&#x27;" in str(note.value)
 
 
 def test_sets_have_names_of_their_own():

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from app_browser import HOSTILE, tab
 from index_maker import write_index
 from playwright.sync_api import Page, expect
 
+from qwen_scope import Scope
 from qwen_scope.app import features
 from qwen_scope.app.config import AppConfig
 from qwen_scope.app.link import Link
@@ -156,6 +158,14 @@ def test_exports_say_when_there_is_nothing_and_name_the_index(tmp_path: Path):
     assert len(rows) == 1 + len(index["1/0"].examples)
     assert features._opening(index).endswith("FeatureIndex.open('words')\n")
     assert features._opening(FeatureIndex.open()).endswith("FeatureIndex.open()\n")
+
+
+def test_without_an_index_the_tab_says_so(llama, suite, tokenizer):
+    with gr.Blocks() as page:
+        features.build(Shared(Scope(llama, suite, tokenizer), None, AppConfig(), Link()))
+    (note,) = [block for block in page.blocks.values() if isinstance(block, gr.HTML)]
+    assert note.elem_id == "features-none"
+    assert "qwen-scope harvest" in str(note.value)
 
 
 def test_a_name_is_told_from_words():

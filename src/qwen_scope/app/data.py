@@ -139,7 +139,7 @@ def _build_sets(shared: Shared) -> None:
         [found, said, plots, tables, code],
         **shared.running,
     )
-    stop.click(None, None, None, cancels=[reading], queue=False, api_visibility="private")
+    stop.click(lambda: tokens.note("Stopped."), None, [said], cancels=[reading], **shared.looking)
     shared.link.keep(
         "data",
         run,
