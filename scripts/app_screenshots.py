@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, ViewportSize, sync_playwright
 
 from qwen_scope import Scope
 from qwen_scope.app.config import AppConfig
@@ -19,7 +19,7 @@ from qwen_scope.app.serve import running
 from qwen_scope.index import FeatureIndex
 
 PICTURES = Path(__file__).parent.parent / "docs" / "images"
-SIZE = {"width": 1200, "height": 900}
+SIZE = ViewportSize(width=1200, height=900)
 COLOURS = 128
 """Of each picture, so that they stay small."""
 PATIENCE = 120_000

@@ -11,6 +11,7 @@ import pytest
 
 from qwen_scope import QwenScopeError
 from qwen_scope.app import export, tokens
+from qwen_scope.app.build import in_event_loop
 from qwen_scope.app.config import AppConfig
 from qwen_scope.app.headers import Headers
 from qwen_scope.app.link import Link, href
@@ -38,13 +39,17 @@ class Texts(HTMLParser):
 
 
 def test_a_link_sets_what_it_names_and_nothing_else():
-    with gr.Blocks():
-        text, count, ticked = gr.Textbox(), gr.Slider(1, 5, value=2, step=1), gr.Checkbox()
-        layers = gr.CheckboxGroup([("7", 7), ("15", 15)])
-        kind, button, other = gr.Radio(["a", "b"]), gr.Button(), gr.Textbox()
-        link = Link()
-        link.keep("one", button, {"text": text, "n": count, "ticked": ticked, "layers": layers, "kind": kind})
-        link.keep("two", button, {"text": other})
+    def built() -> Link:
+        with gr.Blocks():
+            text, count, ticked = gr.Textbox(), gr.Slider(1, 5, value=2, step=1), gr.Checkbox()
+            layers = gr.CheckboxGroup([("7", 7), ("15", 15)])
+            kind, button, other = gr.Radio(["a", "b"]), gr.Button(), gr.Textbox()
+            link = Link()
+            link.keep("one", button, {"text": text, "n": count, "ticked": ticked, "layers": layers, "kind": kind})
+            link.keep("two", button, {"text": other})
+            return link
+
+    link = in_event_loop(built)
 
     def values(address: str) -> list:
         skipped = gr.skip()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
 # Before Gradio is imported, which tells its makers that it was.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from qwen_scope.index.feature_index import FeatureIndex
     from qwen_scope.scope import Scope
 
+T = TypeVar("T")
 TABS: tuple[tuple[str, str, Callable[[Shared], None]], ...] = (
     ("prompt", "Prompt", prompt.build),
     ("compare", "Compare", compare.build),
@@ -59,14 +62,29 @@ def create(
         # Or a search by example would load the model once more.
         index.scope = scope
     shared = Shared(scope, index, config, Link(), opening)
+    above = look.above(model or model_name(scope.backbone, scope.suite), suite or scope.suite.name)
+    return in_event_loop(lambda: _page(shared, above))
+
+
+def _page(shared: Shared, above: str) -> gr.Blocks:
     with gr.Blocks(
         title="Qwen-Scope", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS), fill_width=True
     ) as page:
-        gr.HTML(look.above(model or model_name(scope.backbone, scope.suite), suite or scope.suite.name))
+        gr.HTML(above)
         with gr.Tabs(selected=TABS[0][0], elem_id="tabs") as tabs:
             for name, title, fill in TABS:
                 with gr.Tab(title, id=name, elem_id=f"tab-{name}"):
                     fill(shared)
         gr.HTML(look.below())
         shared.link.wire(page, tabs)
-    return page.queue(max_size=config.max_queued)
+    return page.queue(max_size=shared.config.max_queued)
+
+
+def in_event_loop(call: Callable[[], T]) -> T:
+    """What the call returns, made in a thread with a running event loop: without one, Gradio makes loops and leaves them open."""
+
+    async def called() -> T:
+        return call()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, called()).result()

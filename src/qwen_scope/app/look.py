@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-import gradio as gr
+from gradio.themes import Default
 
 HERE = Path(__file__).parent
 CAUTION = (
@@ -20,9 +20,9 @@ FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-s
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Default:
     """Gradio's default theme with fonts of the visitor's own machine, so that none is fetched, and darker grey text."""
-    return gr.themes.Default(primary_hue="indigo", font=list(FONT), font_mono=list(MONO)).set(
+    return Default(primary_hue="indigo", font=list(FONT), font_mono=list(MONO)).set(
         # The default's greys are too faint to read on their grounds.
         body_text_color_subdued="#4b5563",
         body_text_color_subdued_dark="#c5c8d0",

@@ -64,7 +64,7 @@ def build(shared: Shared) -> None:
         {
             "csv": lambda found, count, _: as_csv(shared, there(found), int(count)),
             "json": lambda found, count, _: export.to_json(there(found).to_dict(int(count))),
-            "py": lambda found, _, lines: there(found) and lines,
+            "py": lambda found, _, lines: str(there(found) and lines),
         },
         picture="prompt-maps",
     )

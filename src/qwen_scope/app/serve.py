@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.middleware import Middleware
 
 from qwen_scope.app import look
-from qwen_scope.app.build import create
+from qwen_scope.app.build import create, in_event_loop
 from qwen_scope.app.config import AppConfig
 from qwen_scope.app.headers import Headers
 from qwen_scope.errors import QwenScopeError
@@ -42,32 +43,36 @@ def running(
         return hmac.compare_digest(given.encode(), (password or "").encode())
 
     try:
-        _, address, _ = page.launch(
-            server_name=config.host,
-            server_port=config.port or free_port(config.host),
-            share=False,
-            inbrowser=False,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=False,
-            auth=known if password else None,
-            auth_message="Any name, and the password of this server." if password else None,
-            max_file_size=config.max_file_bytes,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            app_kwargs={
-                "docs_url": None,
-                "redoc_url": None,
-                "openapi_url": None,
-                "middleware": [Middleware(Headers, local=config.local)],
-            },
-            theme=look.theme(),
-            css=look.css(),
-            head=look.head(),
+        port = config.port or free_port(config.host)
+        check_free(config.host, port)
+        _, address, _ = in_event_loop(
+            lambda: page.launch(
+                server_name=config.host,
+                server_port=port,
+                share=False,
+                inbrowser=False,
+                prevent_thread_lock=True,
+                quiet=True,
+                show_error=False,
+                auth=known if password else None,
+                auth_message="Any name, and the password of this server." if password else None,
+                max_file_size=config.max_file_bytes,
+                footer_links=[],
+                run_history=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                app_kwargs={
+                    "docs_url": None,
+                    "redoc_url": None,
+                    "openapi_url": None,
+                    "middleware": [Middleware(Headers, local=config.local)],
+                },
+                theme=look.theme(),
+                css=look.css(),
+                head=look.head(),
+            )
         )
     except OSError as error:
         raise QwenScopeError(
@@ -82,14 +87,13 @@ def running(
 
 def free_port(host: str) -> int:
     """A port that nobody listens on."""
-    import socket
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.bind((host, 0))
+        return int(one.getsockname()[1])
 
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as one:
-            one.bind(place)
-            return int(one.getsockname()[1])
-    except OSError as error:
-        raise QwenScopeError(
-            f"expected an address to listen on, found {host}, which is none ({error}); choose another --host"
-        ) from error
+
+def check_free(host: str, port: int) -> None:
+    """Raises an OSError unless the port can be listened on: Gradio would leave its own attempt's socket open."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind((host, port))

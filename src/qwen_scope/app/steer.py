@@ -101,7 +101,7 @@ def build(shared: Shared) -> None:
         {
             "csv": lambda found, _: as_csv(there(found)),
             "json": lambda found, _: export.to_json(there(found).to_dict()),
-            "py": lambda found, lines: there(found) and lines,
+            "py": lambda found, lines: str(there(found) and lines),
         },
         picture="steer-both",
     )

@@ -70,7 +70,7 @@ def build(shared: Shared, steering: gr.Textbox, read_as: gr.Radio) -> None:
             {
                 "csv": lambda found, _: as_csv(_there(found)),
                 "json": lambda found, _: export.to_json(_there(found).to_dict()),
-                "py": lambda found, lines: _there(found) and lines,
+                "py": lambda found, lines: str(_there(found) and lines),
             },
             picture="sweep-report",
         )
