@@ -2,9 +2,11 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 import pytest
 from app_browser import HOSTILE, tab
 from playwright.sync_api import Page, expect
@@ -16,6 +18,8 @@ from qwen_scope.app.link import Link
 from qwen_scope.app.shared import Shared
 from qwen_scope.data import Footprint
 from qwen_scope.data.classification import Rule, evaluate, fit_rule
+from qwen_scope.data.fired import Fired
+from qwen_scope.data.footprint import About
 from qwen_scope.data.items import Items
 from qwen_scope.data.study import study
 
@@ -121,10 +125,12 @@ def test_stop_ends_a_long_comparison(visit, tmp_path: Path):
     expect(page.locator("#data-said")).to_contain_text("of 8")
     page.locator("#data-stop").click()
     expect(page.locator("#data-said")).to_contain_text("Stopped.")
-    # One set is enough for the next one, which runs although the first never ended.
     page.get_by_label("Items of each set at most").first.fill("2")
     page.get_by_label("Items of each set at most").first.press("Tab")
-    page.locator("#run-data").click()
+    # The set that was being read is read to its end, until when Gradio takes no other click.
+    while "Stopped." in (page.locator("#data-said").text_content() or ""):
+        page.locator("#run-data").click()
+        page.wait_for_timeout(200)
     expect(page.locator("#data-plots img")).to_have_count(2)
     assert [row[1] for row in cells(page, "Sets")] == ["2"] * 8
 
@@ -210,6 +216,18 @@ def test_without_its_packages_the_tab_says_what_to_install(app, monkeypatch: pyt
     (note,) = [block for block in page.blocks.values() if isinstance(block, gr.HTML)]
     assert note.elem_id == "data-none"
     assert "pip install &#x27;qwen-scope[data]&#x27;" in str(note.value)
+
+
+def test_names_that_latex_would_read_are_drawn_in_many_threads():
+    fired = Fired(np.array([0, 1, 3]), np.array([1, 0, 1], np.int32), np.ones(3, np.float32), 4)
+    footprints = [
+        Footprint(About(name, "a list", None, 2, 0, None, 1, "last", "m", "s", "0"), fired, ["item 1", "item 2"])
+        for name in ("$\\frac{", "$a$")
+    ]
+    found = study(footprints)
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda _: found.pictures(), range(6)))
+    assert all(pictures == drawn[0] for pictures in drawn)
 
 
 def test_sets_have_names_of_their_own():

@@ -18,6 +18,7 @@ from qwen_scope.data.footprint import About, Footprint, check_comparable
 from qwen_scope.data.overlap import Addition, Overlaps, additions, overlaps
 from qwen_scope.data.panel import Agreement, agreements
 from qwen_scope.data.study_page import compared, left_out, page, tables
+from qwen_scope.drawing import drawing
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, replacing
 
@@ -101,7 +102,6 @@ class Study:
             QwenScopeError: no matplotlib.
         """
         try:
-            from matplotlib import rc_context
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -112,8 +112,8 @@ class Study:
         # The title of two sets' overlaps is wider than they are.
         sizes = {"coverage": (8.0, 4.8), "overlaps": (max(side + 1, 6.0), side)}
         made = {}
-        # Not pyplot, which keeps every figure of the process; and nothing that LaTeX would read in a name.
-        with rc_context({"text.usetex": False, "text.parse_math": False}):
+        # Not pyplot, which keeps every figure of the process.
+        with drawing():
             for name, draw in (("coverage", self._draw_coverage), ("overlaps", self._draw_overlaps)):
                 figure = Figure(figsize=sizes[name], dpi=100, layout="constrained")
                 FigureCanvasAgg(figure)

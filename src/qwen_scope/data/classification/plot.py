@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_scope.drawing import drawing
 from qwen_scope.files import replacing
 
 if TYPE_CHECKING:
@@ -21,10 +22,7 @@ def draw(evaluation: Evaluation, path: Path) -> None:
 
 def picture(evaluation: Evaluation) -> bytes:
     """The same as it would be written."""
-    from matplotlib import rc_context
-
-    # Nothing that LaTeX would read in the name of a label or method.
-    with rc_context({"text.usetex": False, "text.parse_math": False}):
+    with drawing():
         return _drawn(evaluation)
 
 
