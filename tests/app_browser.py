@@ -80,3 +80,12 @@ def closed(page: Page) -> None:
 def tab(page: Page, title: str) -> None:
     """Goes to a tab."""
     page.get_by_role("tab", name=title, exact=True).click()
+
+
+def serious(page: Page) -> list[tuple[str, list[str]]]:
+    """What axe finds on the page that keeps people out, with a few of the elements."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.wait_for_timeout(400)  # colours that change have changed
+    found = [each for each in Axe().run(page).response["violations"] if each["impact"] in ("serious", "critical")]
+    return [(each["id"], [node["html"][:200] for node in each["nodes"][:5]]) for each in found]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from app_browser import HOSTILE, tab
+from app_browser import HOSTILE, serious, tab
 from playwright.sync_api import Page, expect
 
 from qwen_scope import QwenScopeError
@@ -122,6 +122,17 @@ def test_texts_full_of_html_show_as_text(app, visit):
     shown = page.locator("#compare-heat .qs-map").first.locator("button").all_text_contents()
     assert "".join(shown) == "".join(app.scope.features(HOSTILE).tokens)
     assert page.locator("#compare-heat img, #compare-heat script").count() == 0
+
+
+@pytest.mark.parametrize(
+    "look", [{"color_scheme": "dark"}, {"viewport": {"width": 390, "height": 844}}], ids=["dark", "phone"]
+)
+def test_a_comparison_keeps_nobody_out(visit, look):
+    page = visit("#tab=compare&run=1", **look)
+    expect(page.locator("#compare-heat .qs-map")).to_have_count(2)
+    assert serious(page) == []
+    width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] == width[1], "nobody has to scroll sideways"
 
 
 def test_what_cannot_be_compared_is_said(visit):

@@ -8,7 +8,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
-from app_browser import HOSTILE, tab
+from app_browser import HOSTILE, serious, tab
 from playwright.sync_api import Page, expect
 
 from qwen_scope import QwenScopeError, Scope
@@ -68,7 +68,7 @@ def cells(page: Page, caption: str) -> list[list[str]]:
 def test_two_sets_as_the_library_studies_them(app, visit, tmp_path: Path):
     (tmp_path / "sport.txt").write_text("\n".join(SPORT))
     (tmp_path / "cooking.csv").write_text("text\n" + "\n".join(COOKING))
-    page = visit()
+    page = visit(color_scheme="dark")
     tab(page, "Data")
     page.locator("#data-files input[type=file]").set_input_files([tmp_path / "sport.txt", tmp_path / "cooking.csv"])
     expect(page.locator("#data-files")).to_contain_text("cooking")
@@ -90,6 +90,7 @@ def test_two_sets_as_the_library_studies_them(app, visit, tmp_path: Path):
     ]
     differ = cells(page, "More or less frequent in sport than in cooking")
     assert [row[0] for row in differ] == [of.feature for of in expected.differences or []]
+    assert serious(page) == []
     told = json.loads(downloaded(page, "#data-json"))
     assert told["additions"] == expected.to_dict()["additions"]
     assert downloaded(page, "#data-csv").decode().startswith("set,items,features,")

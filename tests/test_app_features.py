@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from app_browser import HOSTILE, tab
+from app_browser import HOSTILE, serious, tab
 from index_maker import write_index
 from playwright.sync_api import Page, expect
 
@@ -82,6 +82,18 @@ def test_the_page_of_a_feature(app, visit):
     shown.get_by_role("link", name=neighbour, exact=True).first.click()
     expect(shown.locator("h1")).to_contain_text(neighbour)
     expect(page.locator("#features-asked textarea")).to_have_value(neighbour)
+
+
+@pytest.mark.parametrize(
+    "look", [{"color_scheme": "dark"}, {"viewport": {"width": 390, "height": 844}}], ids=["dark", "phone"]
+)
+def test_a_search_and_a_page_keep_nobody_out(visit, look):
+    page = visit("#tab=features&feature=football&run=1", **look)
+    page.locator("#features-hits tbody tr a").first.click()
+    expect(page.locator("#features-page h1")).to_be_visible()
+    assert serious(page) == []
+    width = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] == width[1], "nobody has to scroll sideways"
 
 
 def test_a_label_is_kept_and_another_visitor_sees_it(app, visit):
