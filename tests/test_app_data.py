@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -181,7 +182,10 @@ def test_a_rule_is_shown_and_tried(app, visit, rule: Rule, tmp_path: Path):
     assert "rule.explain(scope, " in downloaded(page, "#data-rule-py").decode()
 
 
-def test_an_evaluation_is_shown(app, visit, tmp_path: Path):
+def test_an_evaluation_is_shown(app, visit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules["qwen_scope.data.classification.evaluate"]
+    monkeypatch.setattr(module, "DRAWS", 1)
+    monkeypatch.setattr(module, "FRACTIONS", (1.0,))
     found = evaluate(
         app.scope,
         labelled(SPORT, COOKING),

@@ -135,6 +135,14 @@ def test_what_cannot_be_found_is_said(visit, asked: str, said: str):
     expect(page.get_by_text(said)).to_be_visible()
 
 
+def test_an_example_that_is_too_long_is_refused(app, visit):
+    page = visit()
+    tab(page, "Features")
+    page.get_by_role("radio", name="an example text").check()
+    ask(page, "word " * 1100)
+    expect(page.get_by_text("expected texts of at most 1024 tokens")).to_be_visible()
+
+
 def test_nothing_found_and_a_search_full_of_html(visit):
     page = visit()
     ask(page, "zzxqy")

@@ -15,7 +15,6 @@ from qwen_scope.app.config import AppConfig
 from qwen_scope.app.shared import Shared, in_words
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.feature_name import parse_feature
-from qwen_scope.tokens import tokenize
 
 if TYPE_CHECKING:
     from qwen_scope.data.classification import Evaluation, Explanation, Rule
@@ -54,7 +53,7 @@ def build(shared: Shared) -> None:
             return result, evaluation_html(result)
         tried = None
         if text.strip():
-            tokenize([text], shared.scope.backbone.tokenizer, most=shared.config.max_tokens)
+            uploads.check_text(shared.scope, text, shared.config)
             tried = result.explain(shared.scope, text)
         return result, rule_html(shared, result) + ("" if tried is None else explanation_html(tried))
 

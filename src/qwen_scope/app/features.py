@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import gradio as gr
 
-from qwen_scope.app import export, tokens
+from qwen_scope.app import export, tokens, uploads
 from qwen_scope.app.link import href
 from qwen_scope.app.shared import Shared, in_words
 from qwen_scope.errors import QwenScopeError
@@ -19,8 +19,7 @@ from qwen_scope.index.find import Findings
 from qwen_scope.index.labels import LONGEST
 from qwen_scope.index.pages import feature_html
 from qwen_scope.index.search import Hit
-from qwen_scope.index.show import share, visible
-from qwen_scope.tokens import tokenize
+from qwen_scope.index.show import clip, share, visible
 
 How = Literal["words", "example"]
 HOWS: list[tuple[str, How]] = [("words", "words"), ("an example text", "example")]
@@ -92,7 +91,7 @@ def build(shared: Shared) -> None:
                 "    print(hit.name, hit.label, hit.snippet)\n"
             )
         else:
-            _check_length(shared, asked)
+            uploads.check_text(shared.scope, asked, shared.config)
             result = index.find(asked, count=int(count), layers=layers)
             shown = findings_html(result)
             lines = f"print(index.find({asked!r}, count={int(count)}, layers={layers}))\n"
@@ -149,7 +148,7 @@ def hits_html(hits: Sequence[Hit], asked: str) -> str:
     """What a search by words found."""
     if not hits:
         return tokens.note(
-            f"Nothing is known of a feature about “{visible(asked)}”; try other words, or an example text."
+            f"Nothing is known of a feature about “{clip(visible(asked), 200)}”; try other words, or an example text."
         )
     rows = [
         [tokens.feature_link(hit.layer, hit.number), _about(hit), _snippet(hit), f"{hit.score:.3g}"] for hit in hits
@@ -226,10 +225,6 @@ def _opening(index: FeatureIndex) -> str:
     # The rest of the path is this machine's affair.
     folder = "" if index.folder == bundled_folder() else repr(index.folder.name)
     return f"from qwen_scope.index import FeatureIndex\n\nindex = FeatureIndex.open({folder})\n"
-
-
-def _check_length(shared: Shared, text: str) -> None:
-    tokenize([text], shared.scope.backbone.tokenizer, most=shared.config.max_tokens)
 
 
 def _about(hit: Hit) -> str:

@@ -141,6 +141,11 @@ def within_limits(
     return Items([items.texts[at] for at in kept], labels, [items.places[at] for at in kept])
 
 
+def check_text(scope: Scope, text: str, config: AppConfig) -> None:
+    """Raises a QwenScopeError if a text is longer than one may be."""
+    within_limits(scope, Items([text], None, ["the one given"]), config, most_tokens=config.max_tokens)
+
+
 def _first(items: Items, count: int | None) -> Items:
     return Items(items.texts[:count], None, items.places[:count])
 
