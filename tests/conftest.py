@@ -208,3 +208,35 @@ def suite() -> Suite:
 def bundled() -> Backbone:
     """The model that comes with the package; whoever uses it is marked `real`."""
     return Backbone.from_pretrained()
+
+
+@pytest.fixture(scope="session")
+def app(bundled, tmp_path_factory):
+    """The web app on the bundled model: an `app_browser.App`."""
+    app_browser = pytest.importorskip("app_browser", reason="the web app's packages are not installed")
+    with app_browser.served(bundled, tmp_path_factory.mktemp("labels")) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser, of one module: while it runs, no other event loop can run in this thread."""
+    app_browser = pytest.importorskip("app_browser", reason="the web app's packages are not installed")
+    with app_browser.chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(app, chromium):
+    """Opens the app as a new visitor; `visit("#tab=compare", color_scheme="dark")`. Gives the page, closed with the test."""
+    import app_browser
+
+    pages = []
+
+    def visited(link: str = "", **context):
+        pages.append(app_browser.opened(chromium, f"{app.address}/{link}", **context))
+        return pages[-1]
+
+    yield visited
+    for page in pages:
+        app_browser.closed(page)

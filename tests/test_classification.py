@@ -32,6 +32,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from qwen_scope import QwenScopeError, Scope, Suite
 from qwen_scope.cli import main
 from qwen_scope.data.classification import (
+    Evaluation,
     FeatureEncoder,
     OrRule,
     Rule,
@@ -478,6 +479,31 @@ def test_an_evaluation_has_every_method_and_counts_as_one_would(scope, tmp_path)
     assert saved["outcomes"][0]["method"] == "length alone"
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert "sparse rule of up to 4, 2 layers" in str(found)
+
+
+@pytest.mark.usefixtures("one_draw")
+def test_a_saved_evaluation_is_the_same_one_and_another_file_is_a_sentence(scope, tmp_path):
+    found = evaluate(scope, TRAIN, TEST, "place", most=4)
+    found.save(tmp_path)
+    path = tmp_path / "evaluation.json"
+    assert Evaluation.load(path) == found
+    content = json.loads(path.read_text())
+    outcome = content["outcomes"][0]
+    for damaged in (
+        [],
+        {**content, "outcomes": []},
+        {**content, "layer": None},
+        {**content, "outcomes": [{**outcome, "scores": {**outcome["scores"], "f1": None}}]},
+        {**content, "outcomes": [{**outcome, "scores": {"f1": 1.0}}]},
+    ):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(QwenScopeError, match=r"another file or a damaged one .*make it again"):
+            Evaluation.load(path)
+    path.write_text("{")
+    with pytest.raises(QwenScopeError, match="no JSON"):
+        Evaluation.load(path)
+    with pytest.raises(QwenScopeError, match="found none"):
+        Evaluation.load(tmp_path / "nowhere.json")
 
 
 def test_a_comparison_needs_four_texts_of_each_class(scope):

@@ -339,6 +339,21 @@ def test_a_sweep_that_was_cut_short_goes_on_with_the_same_result(scope, tmp_path
         sweep(scope, "1/5:3", PROMPTS, "regex:a", QUICK, folder=place)
 
 
+def test_progress_is_told_and_can_end_a_sweep(scope, tmp_path):
+    told: list[tuple[int, int]] = []
+    report = sweep(scope, "1/5:3", PROMPTS, "words:e", QUICK, progress=lambda *news: told.append(news))
+    assert told == [(0, 66), (32, 66), (64, 66)]
+    assert report == sweep(scope, "1/5:3", PROMPTS, "words:e", QUICK)
+
+    def enough(done: int, of: int) -> None:
+        if done:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        sweep(scope, "1/5:3", PROMPTS, "words:e", QUICK, folder=tmp_path, progress=enough)
+    assert len((tmp_path / "texts.jsonl").read_text().splitlines()) == 33
+
+
 def test_texts_that_cannot_be_written_are_a_sentence(tmp_path):
     texts = Texts(tmp_path / "texts.jsonl", {})
     (tmp_path / "texts.jsonl").unlink()

@@ -460,6 +460,9 @@ def test_a_footprint_is_saved_and_loaded(scope: Scope, tmp_path: Path):
     assert repr(made) == f"Footprint('cities', 6 items, {len(made.features)} features of layer 1, any)"
     assert made.about.suite == "tiny suite"
     assert made.places == [f"item {n}" for n in range(1, 7)]
+    read = Footprint.of(scope, read_items(TEXTS), layer=1, position="any", name="cities")
+    assert (read.about, read.places) == (made.about, made.places)
+    np.testing.assert_array_equal(read.fired.features, made.fired.features)
     made.with_asked({"source": "é", "count": None}).save(tmp_path / "deep" / "a.safetensors")
     again = Footprint.load(tmp_path / "deep" / "a.safetensors")
     assert again.about == replace(made.about, asked={"source": "é", "count": None})

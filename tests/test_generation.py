@@ -1,5 +1,6 @@
 """Text out: what is generated together is what each is alone, and what transformers itself generates."""
 
+import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -217,6 +218,21 @@ def test_side_by_side_of_one_seed(scope):
     assert zero.original.ids == zero.steered.ids
     assert zero.steered.trace is not None
     assert not zero.steered.trace.effective
+
+
+def test_side_by_side_as_it_comes(scope):
+    sampling = greedy(9, temperature=1.0, seed=4, candidates=2)
+    seen = list(scope.stream_side_by_side("the capital of", "1/7:=40", sampling))
+    whole = scope.side_by_side("the capital of", "1/7:=40", sampling)
+    assert (seen[-1].original.ids, seen[-1].steered.ids) == (whole.original.ids, whole.steered.ids)
+    assert seen[-1].steered.trace == whole.steered.trace
+    for before, after in itertools.pairwise(seen[:-1]):
+        assert before.steered.trace is None
+        assert after.original.ids[: len(before.original.ids)] == before.original.ids
+        assert len(before.steered.ids) <= len(after.steered.ids)
+    assert len(seen) > 5
+    with pytest.raises(QwenScopeError, match="side by side, found several"):
+        list(scope.stream_side_by_side(["the", "of"], "1/7:=6"))
 
 
 def test_a_trace_if_asked_for(bare):

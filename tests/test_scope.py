@@ -366,6 +366,22 @@ def test_save_and_load(found, tmp_path):
     assert back[1].indices.dtype == torch.long
 
 
+def test_errors_of_reconstruction_if_asked_for(scope, found, tmp_path):
+    assert found.errors == {}
+    one, two = scope.features([TEXT, "of France"], errors=True)
+    assert same(one, found)
+    for text in (one, two):
+        residuals = scope.backbone.residuals(torch.tensor([text.ids]), layers=scope.layers)
+        assert list(text.errors) == [0, 1, 2]
+        for layer, off in text.errors.items():
+            x = residuals[layer][0]
+            x_hat = scope.suite[layer].decode(text[layer])
+            assert torch.allclose(off, (x - x_hat).norm(dim=1) / x.norm(dim=1), rtol=1e-4)
+    one.save(tmp_path / "found.safetensors")
+    assert TextFeatures.load(tmp_path / "found.safetensors").to_dict() == one.to_dict()
+    assert one.to_dict()["tokens"][2]["errors"]["1"] == float(one.errors[1][2])
+
+
 def test_a_text_of_token_ids_saves_too(llama, suite, tmp_path):
     found = Scope(llama, suite).features([3, 4])
     found.save(tmp_path / "ids")

@@ -372,6 +372,16 @@ def test_the_least_recently_used_layer_goes_first(tmp_path):
     assert small[0] is not kept
 
 
+def test_layers_kept_can_be_counted_too(tmp_path):
+    suite = Suite.from_pretrained(write_published(tmp_path / "x", layers=(0, 1, 2)), k=3)
+    suite.most_layers = 2
+    zero, first = suite[0], suite[1]
+    assert suite[0] is zero
+    suite[2]
+    assert suite[0] is zero
+    assert suite[1] is not first
+
+
 def test_the_default_limit_is_half_of_memory(tmp_path):
     suite = Suite.from_pretrained(write_published(tmp_path / "x"), k=3)
     assert suite._max_bytes == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.bundled import GGUF_SHA256
+from qwen_scope.comparison import By, Comparison, compare
 from qwen_scope.devices import as_device
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evaluation import SAMPLE_TEXTS, CheckReport, check
 from qwen_scope.features import SparseFeatures
 from qwen_scope.generation import GeneratedToken, Generation, Sampling
-from qwen_scope.generation.generate import generate, stream
+from qwen_scope.generation.generate import generate, stream, stream_all
 from qwen_scope.kernels import Kernel
 from qwen_scope.reading import read_rows
 from qwen_scope.steering import Recipe, Steering
@@ -28,8 +30,9 @@ from qwen_scope.steering.around import Following, steered
 from qwen_scope.steering.changes import Change, changes
 from qwen_scope.steering.maxima import Maxima, maxima_of
 from qwen_scope.steering.recipe import model_name
+from qwen_scope.steering.trace import trace
 from qwen_scope.suite import Suite, ranges
-from qwen_scope.text_features import text_features
+from qwen_scope.text_features import reconstruction_errors, text_features
 from qwen_scope.tokens import tokenize
 
 if TYPE_CHECKING:
@@ -135,6 +138,7 @@ class Scope:
         *,
         layers: Sequence[int] | int | None = None,
         thinking: bool | None = None,
+        errors: bool = False,
     ) -> Any:
         """The features of every token, at every layer asked for, exactly as the model card defines them.
 
@@ -144,6 +148,7 @@ class Scope:
             layers: fewer layers than the scope reads.
             thinking: for chat messages, opens the assistant's turn with thinking on or off; None reads the messages
                 alone.
+            errors: also tell how far each token's reconstruction is off (`TextFeatures.errors`).
 
         Returns:
             A `TextFeatures`; for several inputs, or a (batch, tokens) tensor, a list of them in the order given.
@@ -154,17 +159,61 @@ class Scope:
         texts, single = tokenize(inputs, self.backbone.tokenizer, thinking=thinking)
         wanted = self.layers if layers is None else self._known(layers)
         found: list[dict[int, SparseFeatures]] = [{} for _ in texts]
+        off: list[dict[int, Tensor]] = [{} for _ in texts]
         for order, residuals in read_rows(texts, self.backbone, wanted):
             for layer in wanted:
                 sae = self.suite[layer]
-                encoded = sae.encode(residuals.pop(layer).to(sae.device))
+                x = residuals.pop(layer).to(sae.device)
+                encoded = sae.encode(x)
+                error = reconstruction_errors(x, sae.decode(encoded)) if errors else None
                 start = 0
                 for text in order:
                     end = start + len(texts[text])
                     found[text][layer] = encoded[start:end]
+                    if error is not None:
+                        off[text][layer] = error[start:end]
                     start = end
-        results = [text_features(text, by_layer) for text, by_layer in zip(texts, found, strict=True)]
+        results = [
+            text_features(text, by_layer, errors) for text, by_layer, errors in zip(texts, found, off, strict=True)
+        ]
         return results[0] if single else results
+
+    def compare(
+        self,
+        first: str | Sequence[Any],
+        second: str | Sequence[Any],
+        *,
+        layers: Sequence[int] | int | None = None,
+        by: By = "rate",
+        top: int = 10,
+        skip_first: bool = True,
+        skip_common_tokens: bool = False,
+        skip_common_prefix: bool = False,
+    ) -> Comparison:
+        """Which features fire otherwise in some texts than in others; see `qwen_scope.comparison.compare`.
+
+        Args:
+            first: a text, or a list of texts (or of whatever else `features` takes).
+            second: the same, to compare with.
+            layers: fewer layers than the scope reads.
+
+        For the other arguments see `qwen_scope.comparison.compare`.
+
+        Raises:
+            QwenScopeError: texts that cannot be read, a layer that is not there, or nothing left to count.
+        """
+        groups = [[group] if isinstance(group, str) else list(group) for group in (first, second)]
+        # All at once, so that each layer's SAE is used once.
+        read = self.features([text for group in groups for text in group], layers=layers)
+        return compare(
+            read[: len(groups[0])],
+            read[len(groups[0]) :],
+            by=by,
+            top=top,
+            skip_first=skip_first,
+            skip_common_tokens=skip_common_tokens,
+            skip_common_prefix=skip_common_prefix,
+        )
 
     def check(self, texts: Any = None, *, layers: Sequence[int] | int | None = None) -> CheckReport:
         """How well the SAEs fit the model, and which classic mistake explains it if they do not.
@@ -271,6 +320,28 @@ class Scope:
         plain = self.generate(inputs, None, sampling, thinking=thinking)
         return SideBySide(plain, self.generate(inputs, steering, sampling, thinking=thinking, trace=True))
 
+    def stream_side_by_side(
+        self, inputs: Any, steering: Any, sampling: Sampling = Sampling(), *, thinking: bool | None = None
+    ) -> Iterator[SideBySide]:
+        """The same while it is being generated: after each token what there is so far, at last the whole with its trace.
+
+        Both texts are generated together, and other threads can use the model in between. Whoever stops to ask ends it.
+
+        Raises:
+            QwenScopeError: what `generate` refuses, or several prompts.
+        """
+        prompts, single = tokenize(inputs, self.backbone.tokenizer, thinking=thinking, reply=True)
+        if not single:
+            raise QwenScopeError("expected one prompt to continue side by side, found several; pass one at a time")
+        rows = [[], self.changes(steering)]
+        both: list[Generation] = []
+        for both in stream_all(self.backbone, self.suite, prompts * 2, rows, [sampling] * 2):
+            yield SideBySide(*both)
+        plain, changed = both
+        ids = [*changed.prompt_ids, *changed.ids]
+        found = trace(self.backbone, self.suite, ids, len(changed.prompt_ids), rows[1])
+        yield SideBySide(plain, replace(changed, trace=found))
+
     def steered(self, steering: Any) -> AbstractContextManager[Following]:
         """While the block runs, whatever runs the model is steered: forward passes, `model.generate`, pipelines.
 
@@ -339,7 +410,7 @@ class SideBySide:
     original: Generation
     """Without steering."""
     steered: Generation
-    """With it, and a trace."""
+    """With it, and a trace where it is whole."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""

@@ -66,6 +66,8 @@ class Suite:
         self._kernel: Kernel | None = kernel
         self._use_prepared = prepared
         self._max_bytes = _half_of_memory(self._device) if max_bytes is None else max_bytes
+        self.most_layers: int | None = None
+        """Layers that stay loaded at most, where that is set; `max_bytes` limits them besides."""
         self._loaded: OrderedDict[int, TopKSAE] = OrderedDict()  # the least recently used first
         self._lock = threading.RLock()
 
@@ -184,9 +186,13 @@ class Suite:
                 self._loaded[layer] = self._load(layer)
             self._loaded.move_to_end(layer)
             # At every use: what an SAE keeps for encoding is made after it was loaded.
-            while len(self._loaded) > 1 and sum(sae.nbytes for sae in self._loaded.values()) > self._max_bytes:
+            while len(self._loaded) > 1 and self._too_much():
                 self._loaded.popitem(last=False)
             return self._loaded[layer]
+
+    def _too_much(self) -> bool:
+        many = self.most_layers is not None and len(self._loaded) > self.most_layers
+        return many or sum(sae.nbytes for sae in self._loaded.values()) > self._max_bytes
 
     def _load(self, layer: int) -> TopKSAE:
         read = self._contents.read[layer]

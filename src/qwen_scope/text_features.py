@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from qwen_scope import render
 from qwen_scope.errors import QwenScopeError
@@ -79,6 +81,8 @@ class TextFeatures:
     """The text as the model read it."""
     by_layer: dict[int, LayerFeatures]
     """Features per layer, in order of the layers."""
+    errors: dict[int, Float[Tensor, " tokens"]] = field(default_factory=dict)
+    """Per layer, how far each token's reconstruction is from its residual x: |x - x_hat| / |x|. Only where it was asked for."""
 
     @property
     def text(self) -> str:
@@ -138,6 +142,11 @@ class TextFeatures:
                     "id": self.ids[position],
                     "span": list(self.spans[position]),
                     "features": {str(layer.layer): features_at(layer, position) for layer in self},
+                    **(
+                        {"errors": {str(n): float(off[position]) for n, off in self.errors.items()}}
+                        if self.errors
+                        else {}
+                    ),
                 }
                 for position, token in enumerate(self.tokens)
             ],
@@ -149,6 +158,8 @@ class TextFeatures:
         for layer in self:
             tensors[f"layer{layer.layer}.indices"] = layer.indices.to(torch.int32)
             tensors[f"layer{layer.layer}.values"] = layer.values
+        for number, off in self.errors.items():
+            tensors[f"layer{number}.errors"] = off
         about = {"tokenized": asdict(self.tokenized), "d_sae": {layer.layer: layer.d_sae for layer in self}}
         write_safetensors(Path(path), tensors, {"format": FORMAT, "about": json.dumps(about)})
 
@@ -173,7 +184,8 @@ class TextFeatures:
             )
             for layer, d_sae in about["d_sae"].items()
         }
-        return text_features(tokenized, layers)
+        errors = {layer: tensors[key] for layer in layers if (key := f"layer{layer}.errors") in tensors}
+        return text_features(tokenized, layers, errors)
 
     def __repr__(self) -> str:
         return render.text_summary(self)
@@ -182,11 +194,23 @@ class TextFeatures:
         return render.text_html(self)
 
 
-def text_features(tokenized: TokenizedText, layers: dict[int, SparseFeatures]) -> TextFeatures:
-    """Joins the tokens of a text with the features of its layers."""
+def text_features(
+    tokenized: TokenizedText,
+    layers: dict[int, SparseFeatures],
+    errors: dict[int, Float[Tensor, " tokens"]] | None = None,
+) -> TextFeatures:
+    """Joins the tokens of a text with the features of its layers, and their errors where there are any."""
     tokens, positions = tuple(tokenized.tokens), tuple(range(len(tokenized)))
     by_layer = {
         layer: LayerFeatures(found.indices, found.values, found.d_sae, layer, tokens, positions)
         for layer, found in sorted(layers.items())
     }
-    return TextFeatures(tokenized, by_layer)
+    return TextFeatures(tokenized, by_layer, dict(sorted((errors or {}).items())))
+
+
+def reconstruction_errors(
+    x: Float[Tensor, "tokens d_model"], x_hat: Float[Tensor, "tokens d_model"]
+) -> Float[Tensor, " tokens"]:
+    """How far reconstructions are from residuals, as a share of the residual's length, in float32."""
+    x = x.float()
+    return (x - x_hat).norm(dim=1) / x.norm(dim=1)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 
 from qwen_scope.errors import QwenScopeError
@@ -23,11 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    finish(command.run)
+
+
+def finish(run: Callable[[], None]) -> None:
+    """Runs a command; what is wrong is told in a sentence, and ends the process with a status."""
     # A terminal without a character should show its number, not end the command.
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        command.run()
+        run()
         sys.stdout.flush()
     except QwenScopeError as error:
         sys.stderr.write(f"qwen-scope: {error}\n")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from qwen_scope.cli.app import App
 from qwen_scope.cli.benchmarks import Benchmarks
 from qwen_scope.cli.browse import Pages, Search, Show, Sql
 from qwen_scope.cli.classify import Classify
@@ -220,6 +221,7 @@ Command = (
     | Annotated[Synthesize, tyro.conf.subcommand("synthesize")]
     | Annotated[Steer, tyro.conf.subcommand("steer")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
+    | Annotated[App, tyro.conf.subcommand("app")]
     | Annotated[Vectors, tyro.conf.subcommand("vectors")]
 )
 """All commands."""

@@ -14,7 +14,7 @@ import torch
 from qwen_scope.corpus import Document
 from qwen_scope.corpus.columns import Broken, parsed_or_told
 from qwen_scope.data.fired import Fired, Position, read_tokens, readable
-from qwen_scope.data.items import read_items
+from qwen_scope.data.items import Items, read_items
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, read_safetensors, write_safetensors
 from qwen_scope.fingerprint import fingerprint
@@ -70,7 +70,7 @@ class Footprint:
     @staticmethod
     def of(
         scope: Scope,
-        source: str | Path | Sequence[Document],
+        source: str | Path | Sequence[Document] | Items,
         *,
         layer: int,
         position: Position = "last",
@@ -85,7 +85,7 @@ class Footprint:
         """Reads a set through the model and one SAE.
 
         Args:
-            source: a file, folder or Hugging Face dataset, or the texts themselves.
+            source: a file, folder or Hugging Face dataset, the texts themselves, or items that have been read.
             layer: whose features.
             position: `last` counts what fires at each item's last token, as the report does; `any` what fires anywhere.
             name: what to call the set; its file's name unless told.
@@ -106,14 +106,18 @@ class Footprint:
 
         scope.suite[layer]
         tell = None if broken is None else told
-        items = read_items(
-            source,
-            column=column,
-            template=template,
-            split=split,
-            subset=subset,
-            count=count,
-            broken=tell,
+        items = (
+            source
+            if isinstance(source, Items)
+            else read_items(
+                source,
+                column=column,
+                template=template,
+                split=split,
+                subset=subset,
+                count=count,
+                broken=tell,
+            )
         )
         found = zip(items.places, items.texts, strict=True)
         read = list(parsed_or_told(found, lambda document, where: readable(scope, document, where), tell))

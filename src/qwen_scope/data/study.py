@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,8 @@ from qwen_scope.data.coverage import Redundancy, coverage, redundancy, represent
 from qwen_scope.data.footprint import About, Footprint, check_comparable
 from qwen_scope.data.overlap import Addition, Overlaps, additions, overlaps
 from qwen_scope.data.panel import Agreement, agreements
+from qwen_scope.data.study_page import compared, left_out, page, tables
+from qwen_scope.drawing import drawing
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, replacing
 
@@ -92,7 +92,7 @@ class Study:
             with replacing(place / f"{name}.png") as temporary:
                 temporary.write_bytes(picture)
         with replacing(place / "report.html") as temporary:
-            temporary.write_text(self._page(pictures), encoding="utf-8")
+            temporary.write_text(page(self, pictures), encoding="utf-8")
         return place / "report.html"
 
     def pictures(self) -> dict[str, bytes]:
@@ -102,7 +102,6 @@ class Study:
             QwenScopeError: no matplotlib.
         """
         try:
-            from matplotlib import rc_context
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -110,10 +109,11 @@ class Study:
                 "expected matplotlib to draw with, found it is not installed; run pip install 'qwen-scope[data]'"
             ) from error
         side = 2.5 + 0.6 * len(self.sets)
-        sizes = {"coverage": (8.0, 4.8), "overlaps": (side + 1, side)}
+        # The title of two sets' overlaps is wider than they are.
+        sizes = {"coverage": (8.0, 4.8), "overlaps": (max(side + 1, 6.0), side)}
         made = {}
-        # Not pyplot, which keeps every figure of the process; and nothing that LaTeX would read in a name.
-        with rc_context({"text.usetex": False, "text.parse_math": False}):
+        # Not pyplot, which keeps every figure of the process.
+        with drawing():
             for name, draw in (("coverage", self._draw_coverage), ("overlaps", self._draw_overlaps)):
                 figure = Figure(figsize=sizes[name], dpi=100, layout="constrained")
                 FigureCanvasAgg(figure)
@@ -153,17 +153,18 @@ class Study:
         figure.colorbar(picture, shrink=0.8)
 
     def __str__(self) -> str:
-        rows = [[str(cell) for cell in row] for row in [self._head(), *self._rows()]]
+        figures = tables(self)[0]
+        rows = [figures.head, *figures.rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         parts = ["\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)]
-        parts += [f"{name}: left out {count} rows, the first: {first}" for name, count, first in self._left_out()]
+        parts += [f"{name}: left out {count} rows, the first: {first}" for name, count, first in left_out(self)]
         lines = [
             f"  {each.name}: {each.adds} features, {each.alone} of them in no other set; {each.covered:.1%} of all so far"
             for each in self.additions
         ]
         parts.append("\n".join(["what each next set adds:", *lines]))
         if self.differences is not None:
-            head = f"{len(self.differences)} features more or less frequent in {self._compared()}:"
+            head = f"{len(self.differences)} features more or less frequent in {compared(self)}:"
             lines = [
                 f"  {d.feature:>9}  {d.first:6.1%}  {d.second:6.1%}  q {d.q:.2g}" for d in self.differences[:SHOWN]
             ]
@@ -172,107 +173,8 @@ class Study:
             parts.append(f"{each.measure}: Pearson {each.pearson:.2f}, Spearman {each.spearman:.2f} ({each.count})")
         return "\n\n".join(parts)
 
-    def _head(self) -> list[str]:
-        n = f"{self.size} items"
-        return [
-            *("set", "items", "features", "redundancy", "mean coverage", "items for 90 %"),
-            *(f"features in {n}", f"redundancy in {n}", f"mean coverage in {n}"),
-        ]
-
-    def _rows(self) -> list[list[object]]:
-        return [
-            [
-                each.about.name,
-                each.about.items,
-                f"{each.whole.features:.0f}",
-                f"{each.whole.redundancy:.4f}",
-                f"{each.whole.mean_coverage:.3f}",
-                len(each.representative),
-                f"{each.matched.features:.0f}",
-                f"{each.matched.redundancy:.4f}",
-                f"{each.matched.mean_coverage:.3f}",
-            ]
-            for each in self.sets
-        ]
-
-    def _left_out(self) -> list[tuple[str, int, str | None]]:
-        return [(of.name, of.left_out, of.left_out_first) for of in (each.about for each in self.sets) if of.left_out]
-
-    def _compared(self) -> str:
-        return f"{self.sets[0].about.name} than in {self.sets[1].about.name}"
-
-    def _page(self, pictures: dict[str, bytes]) -> str:
-        def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-            cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-            body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-            return f"<table><tr>{cells}</tr>{body}</table>"
-
-        def picture(name: str, says: str) -> str:
-            return f'<img alt="{escape(says)}" src="data:image/png;base64,{base64.b64encode(pictures[name]).decode()}">'
-
-        about, of = self.sets[0].about, self.overlaps
-        between = [
-            [
-                of.names[row],
-                of.names[col],
-                f"{of.asymmetric[row, col]:.3f}",
-                f"{of.symmetric[row, col]:.3f}",
-                f"{of.matched[row, col]:.3f}"
-                + ("" if of.low is None or of.high is None else f" [{of.low[row, col]:.3f}, {of.high[row, col]:.3f}]"),
-            ]
-            for row, col in np.ndindex(of.matched.shape)
-            if row != col
-        ]
-        parts = [
-            f"<h1>{len(self.sets)} sets through the features of layer {about.layer}</h1>",
-            f"<p>{escape(about.suite)} on {escape(about.model)}; a feature counts where it fires at "
-            f"{'the last token' if about.position == 'last' else 'any token'} of an item. Footprints, coverage and redundancy "
-            "grow with the number of items: compare sets by the figures for one number of items.</p>",
-            table(self._head(), self._rows()),
-            *(
-                f"<p>{escape(f'{name}: left out {n} rows, the first: {first}')}</p>"
-                for name, n, first in self._left_out()
-            ),
-            picture("coverage", "coverage curves"),
-            picture("overlaps", "size-matched overlaps"),
-            "<h2>What each next set adds</h2>",
-            table(
-                ["set", "new features", "in no other set", "covered so far"],
-                [[a.name, a.adds, a.alone, f"{a.covered:.1%}"] for a in self.additions],
-            ),
-        ]
-        if self.differences is not None:
-            parts += [
-                f"<h2>More or less frequent in {escape(self._compared())}</h2>",
-                table(
-                    ["feature", "share of the first", "share of the second", "q"],
-                    [[d.feature, f"{d.first:.1%}", f"{d.second:.1%}", f"{d.q:.2g}"] for d in self.differences],
-                ),
-            ]
-        if self.agreements is not None:
-            parts += [
-                "<h2>Agreement with models' scores</h2>",
-                table(
-                    ["measure", "Pearson", "Spearman", "sets or pairs"],
-                    [[a.measure, f"{a.pearson:.2f}", f"{a.spearman:.2f}", a.count] for a in self.agreements],
-                ),
-            ]
-        parts += [
-            "<h2>Overlaps</h2>",
-            table(["row", "column", "|row n column| / |row|", "/ the smaller", f"of {self.size} items each"], between),
-        ]
-        return _PAGE.format(body="\n".join(parts))
-
 
 _MATRICES = ("asymmetric", "symmetric", "matched", "low", "high")
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Benchmarks through features</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
-table{{border-collapse:collapse;margin:1rem 0}}td,th{{padding:.2rem .7rem;border-bottom:1px solid #8884;text-align:right}}
-td:first-child,th:first-child{{text-align:left}}img{{max-width:100%;background:#fff}}</style>
-<body>{body}</body></html>
-"""
 
 
 def study(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qwen_scope.drawing import drawing
 from qwen_scope.evidence.report import Point, SweepReport
 from qwen_scope.files import replacing
 
@@ -19,12 +20,11 @@ def draw(report: SweepReport, path: Path) -> None:
         ImportError: no matplotlib.
         QwenScopeError: a path that cannot be written.
     """
-    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Not pyplot, which keeps every figure of the process; and nothing that a user's settings or texts would have LaTeX read.
-    with rc_context({"text.usetex": False, "text.parse_math": False}), replacing(path) as temporary:
+    with drawing(), replacing(path) as temporary:
         figure = Figure(figsize=(6.4, 5.2), dpi=110, layout="constrained")
         FigureCanvasAgg(figure)
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))

@@ -45,6 +45,7 @@ def sweep(
     *,
     folder: str | Path | None = None,
     densities: Densities | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SweepReport:
     """Generates texts under a steering at several strengths and under its controls, measures an effect, and judges.
 
@@ -58,6 +59,7 @@ def sweep(
         config: how it is run and judged.
         folder: where texts are kept as they come, so that the same call goes on after an end; the report is for you to save.
         densities: how often features fire, by layer; by default those of the bundled index, or measured on a sample of texts.
+        progress: told how many texts there are, of how many, before some more are generated; what it raises ends the sweep.
 
     Raises:
         QwenScopeError: a steering, effect or prompts that cannot be, or a folder with another sweep.
@@ -97,7 +99,7 @@ def sweep(
         for prompt in range(len(prompts))
         for seed in range(config.seeds)
     ]
-    _generate(scope, arms, prompts, keys, texts, config)
+    _generate(scope, arms, prompts, keys, texts, config, progress)
     cells = _cells(arms, keys, texts.found, measured, len(prompts), config.seeds)
     judgement = judge(arms, cells, config)
     unsteered = cells[STEERED, 0.0]
@@ -126,7 +128,13 @@ def sweep(
 
 
 def _generate(
-    scope: Scope, arms: Sequence[Arm], prompts: Sequence[Prompt], keys: list[Key], texts: Texts, config: SweepConfig
+    scope: Scope,
+    arms: Sequence[Arm],
+    prompts: Sequence[Prompt],
+    keys: list[Key],
+    texts: Texts,
+    config: SweepConfig,
+    progress: Callable[[int, int], None] | None,
 ) -> None:
     """Generates what is not there yet, some texts at a time."""
     by_name = {arm.name: arm for arm in arms}
@@ -149,6 +157,8 @@ def _generate(
     bar = tqdm(total=len(keys), initial=len(keys) - len(todo), desc="generating", unit="text", disable=len(todo) < 8)
     with stopping() as stop, bar:
         for start in range(0, len(todo), ROWS):
+            if progress is not None:
+                progress(len(texts.found), len(keys))
             some = todo[start : start + ROWS]
             found = generate(
                 scope.backbone,

@@ -105,3 +105,31 @@ def stream(
             return
         for _, error in batch.step():
             raise error
+
+
+def stream_all(
+    backbone: Backbone,
+    suite: Suite,
+    prompts: Sequence[TokenizedText],
+    rows: Sequence[Sequence[Change]],
+    samplings: Sequence[Sampling],
+) -> Iterator[list[Generation]]:
+    """Texts that are generated together: after each step what there is of all, at last the whole.
+
+    Other threads can use the model between steps, and whoever stops to ask ends all.
+
+    Raises:
+        QwenScopeError: what `continuation` and `Batch.add` refuse.
+    """
+    texts = [
+        continuation(backbone, prompt, row, sampling)
+        for prompt, row, sampling in zip(prompts, rows, samplings, strict=True)
+    ]
+    batch = Batch(backbone, suite)
+    for text in texts:
+        batch.add(text)
+    while batch.rows:
+        yield [text.result() for text in texts]
+        for _, error in batch.step():
+            raise error
+    yield [text.result() for text in texts]

@@ -81,9 +81,13 @@ field.addEventListener("input",show);document.querySelector(".filter").hidden=fa
 """
 
 
-def feature_html(feature: Feature) -> str:
-    """A feature as a fragment of HTML for a notebook: what `show` prints, with examples as heat maps."""
-    return f'<div class="qs"><style>{_FRAGMENT_CSS}</style>{_body(feature)}</div>'
+def feature_html(feature: Feature, link: Link = lambda name: None) -> str:
+    """A feature as a fragment of HTML for a notebook or another page: what `show` prints, with examples as heat maps.
+
+    Args:
+        link: where neighbours' pages are.
+    """
+    return f'<div class="qs"><style>{_FRAGMENT_CSS}</style>{_body(feature, link)}</div>'
 
 
 def export(index: FeatureIndex, folder: str | Path, names: Iterable[str | tuple[int, int]] | None = None) -> Path:

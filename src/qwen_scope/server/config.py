@@ -60,10 +60,7 @@ class ServerConfig:
     @property
     def local(self) -> bool:
         """Whether only this machine can reach it."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host.lower() == "localhost"
+        return is_local(self.host)
 
     def api_key(self) -> str | None:
         """The key that clients must send, if any.
@@ -79,3 +76,11 @@ class ServerConfig:
                 "--api-key-variable out"
             )
         return key
+
+
+def is_local(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

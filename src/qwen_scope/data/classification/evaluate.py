@@ -19,6 +19,7 @@ from qwen_scope.data.classification.scores import Scores, f1, scores
 from qwen_scope.data.classification.sets import Sets
 from qwen_scope.data.classification.splitting import classes, sizes
 from qwen_scope.data.items import Items
+from qwen_scope.errors import QwenScopeError
 from qwen_scope.files import expanded, replacing
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ FRACTIONS = (0.03, 0.1, 0.3, 1.0)
 """Shares of the discovery texts that methods learn from,"""
 DRAWS = 3
 """each drawn so often."""
+MOST_BYTES = 2**24
+"""A larger file is no evaluation of ours."""
 FEWEST = 4
 """Texts of each class that a comparison needs, and that a share of the discovery texts has at least."""
 
@@ -85,6 +88,33 @@ class Evaluation:
             temporary.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         draw(self, place / "evaluation.png")
         return place / "evaluation.png"
+
+    @staticmethod
+    def load(path: str | Path) -> Evaluation:
+        """Reads the evaluation.json that `save` wrote.
+
+        Raises:
+            QwenScopeError: no such file, another kind, or a damaged one.
+        """
+        place = expanded(path)
+        try:
+            with place.open("rb") as file:
+                content = json.loads(file.read(MOST_BYTES))
+        except OSError as error:
+            raise QwenScopeError(
+                f"expected an evaluation at {place}, found none ({error.strerror}); check the path"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise QwenScopeError(
+                f"expected an evaluation at {place}, found no JSON ({error}); check the path"
+            ) from error
+        try:
+            return _evaluation(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise QwenScopeError(
+                f"expected an evaluation of `qwen-scope classify evaluate` in {place}, found another file or a damaged one "
+                f"({error!r}); make it again"
+            ) from error
 
     def __str__(self) -> str:
         largest = ", ".join(f"{layer}: {value:.3f}" for layer, value in self.largest_difference.items())
@@ -225,3 +255,39 @@ def _curve(truth: ndarray, scored: ndarray) -> list[tuple[float, float]]:
     precision, recall, _ = precision_recall_curve(truth, scored)
     some = np.unique(np.linspace(0, len(recall) - 1, min(60, len(recall))).round().astype(int))
     return [(round(float(recall[at]), 4), round(float(precision[at]), 4)) for at in some[::-1]]
+
+
+def _evaluation(content: dict[str, Any]) -> Evaluation:
+    """The evaluation that the content of a file is; raises whatever comes up if it is none."""
+    outcomes = [
+        Outcome(
+            method=str(each["method"]),
+            layers=[int(layer) for layer in each["layers"]],
+            scores=_scores(each["scores"]),
+            curve=[(float(x), float(y)) for x, y in each["curve"]],
+        )
+        for each in content["outcomes"]
+    ]
+    if not outcomes:
+        raise ValueError("no outcomes")
+    return Evaluation(
+        positive=str(content["positive"]),
+        train={str(label): int(count) for label, count in content["train"].items()},
+        test={str(label): int(count) for label, count in content["test"].items()},
+        layer=int(content["layer"]),
+        largest_difference={int(layer): float(value) for layer, value in content["largest_difference"].items()},
+        outcomes=outcomes,
+        f1_by_k={int(k): float(value) for k, value in content["f1_by_k"].items()},
+        f1_by_fraction={
+            str(name): {float(share): float(value) for share, value in of.items()}
+            for name, of in content["f1_by_fraction"].items()
+        },
+    )
+
+
+def _scores(found: dict[str, float | None]) -> Scores:
+    numbers = {name: None if value is None else float(value) for name, value in found.items()}
+    # Only these may be missing: where no length is of both classes.
+    if {name for name, value in numbers.items() if value is None} - {"f1_length_matched", "auc_length_matched"}:
+        raise ValueError("a score missing")
+    return Scores(**numbers)  # pyright: ignore[reportArgumentType]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_scope.drawing import drawing
 from qwen_scope.files import replacing
 from qwen_scope.index.show import visible
 
@@ -14,16 +16,28 @@ if TYPE_CHECKING:
 
 def draw(evaluation: Evaluation, path: Path) -> None:
     """Writes a PNG."""
-    from matplotlib import rc_context
+    data = picture(evaluation)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def picture(evaluation: Evaluation) -> bytes:
+    """The same as it would be written."""
+    with drawing():
+        return _drawn(evaluation)
+
+
+def _drawn(evaluation: Evaluation) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Nothing that LaTeX would read in a label, and no date and version, so that the same figures make the same file.
-    with rc_context({"text.usetex": False, "text.parse_math": False}), replacing(path) as temporary:
-        figure = Figure(figsize=(13, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        _draw(evaluation, *figure.subplots(1, 3))
-        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw(evaluation, *figure.subplots(1, 3))
+    held = io.BytesIO()
+    # No date and version, so that the same figures make the same file.
+    figure.savefig(held, format="png", dpi=110, metadata={"Software": None})
+    return held.getvalue()
 
 
 def _draw(evaluation: Evaluation, curves: Any, by_k: Any, by_share: Any) -> None:
