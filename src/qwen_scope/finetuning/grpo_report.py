@@ -11,6 +11,7 @@ import numpy as np
 
 from qwen_scope.evidence.statistics import Interval, bootstrap
 from qwen_scope.files import replacing
+from qwen_scope.finetuning.drift import Drift
 from qwen_scope.finetuning.grpo_evaluation import RESAMPLES, Evaluation
 from qwen_scope.finetuning.grpo_run_config import GRPORun
 from qwen_scope.finetuning.plain import finite, plain
@@ -37,8 +38,8 @@ class GRPOReport:
     """On prompts kept back, the first before training."""
     history: list[dict[str, float]]
     """Of each update, its step, rewards and what else TRL tells."""
-    drift: dict[str, Any] | None = None
-    """How well the SAEs fit before and after, if it was measured."""
+    drift: Drift
+    """How well the SAEs fit ordinary texts before and after."""
 
     @property
     def change(self) -> Interval:
@@ -64,7 +65,7 @@ class GRPOReport:
                 for found in self.evaluations
             ],
             "history": self.history,
-            "drift": self.drift,
+            "drift": self.drift.to_dict(),
         }
 
     def save(self, folder: Path) -> None:
@@ -107,8 +108,7 @@ def page(report: GRPOReport, picture: str) -> str:
     ]
     if report.features:
         parts.append("## Repetition features\n\n" + _features(report))
-    if report.drift is not None:
-        parts.append("## Do the SAEs still fit?\n\n" + plain(str(report.drift.get("summary", report.drift))))
+    parts.append("## Do the SAEs still fit?\n\n" + _drift(report.drift))
     parts.append("## Examples\n\n" + _examples(report))
     return "\n\n".join(parts) + "\n"
 
@@ -135,6 +135,13 @@ def _features(report: GRPOReport) -> str:
     head = ("feature", "first occurrence", "last repeat", "rises in")
     rows = [[f.name, f"{f.first:.3f}", f"{f.last:.3f}", f"{f.rises:.0%}"] for f in report.features]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["--:"] * len(head), *rows))
+
+
+def _drift(drift: Drift) -> str:
+    head = ("layer", "FVU before", "FVU after", "overlap of the strongest features")
+    rows = [[str(of.layer), f"{of.fvu_before:.4f}", f"{of.fvu_after:.4f}", f"{of.overlap:.3f}"] for of in drift.layers]
+    shown = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["--:"] * len(head), *rows))
+    return "\n\n".join([shown, *(f"**Warning:** {plain(warning)}" for warning in drift.warnings)])
 
 
 def _examples(report: GRPOReport) -> str:

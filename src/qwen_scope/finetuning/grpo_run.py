@@ -16,7 +16,9 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.evaluation import SAMPLE_TEXTS
 from qwen_scope.files import expanded, replacing
+from qwen_scope.finetuning.drift import Fit, drift, fit
 from qwen_scope.finetuning.grpo_config import RareNegativesConfig
 from qwen_scope.finetuning.grpo_evaluation import Evaluation, evaluate
 from qwen_scope.finetuning.grpo_report import GRPOReport
@@ -25,6 +27,7 @@ from qwen_scope.finetuning.grpo_trainer import RareNegativesTrainer
 from qwen_scope.finetuning.plain import finite
 from qwen_scope.finetuning.repetition import RepetitionFeature, looping_samples, repetition_features
 from qwen_scope.finetuning.rewards import reward_of
+from qwen_scope.finetuning.samples import Sample
 from qwen_scope.fingerprint import fingerprint
 from qwen_scope.generation import Sampling
 from qwen_scope.scope import Scope
@@ -49,6 +52,7 @@ def finetune_grpo(
     config: GRPORun = GRPORun(),  # noqa: B008 - frozen
     *,
     columns: Mapping[str, Sequence[Any]] | None = None,
+    evaluate_on: Sequence[Any] | None = None,
 ) -> GRPOReport:
     """Trains a scope's model in place, and leaves in a folder the adapter or weights (`model/`), `report.json`, `README.md` and
     `curves.png`. The same call goes on from the last checkpoint, and then ends with the same weights.
@@ -59,13 +63,15 @@ def finetune_grpo(
         folder: where everything goes.
         config: what is rewarded, and how it is trained.
         columns: what else rewards are given of each prompt, by name.
+        evaluate_on: prompts to evaluate on; by default some of the prompts are kept back for it.
 
     Raises:
         QwenScopeError: prompts, rewards or a steering that cannot be, a folder with another run, or a loss that is no number.
         Stopped: somebody asked for it; a checkpoint was saved.
     """
     prompts, columns = list(prompts), dict(columns or {})
-    _check(scope, prompts, columns)
+    evaluate_on = None if evaluate_on is None else list(evaluate_on)
+    _check(scope, prompts, columns, evaluate_on)
     rewards = [reward_of(name) for name in config.rewards]
     place = expanded(folder)
     about = {
@@ -73,15 +79,20 @@ def finetune_grpo(
         "model": model_name(scope.backbone, scope.suite),
         "suite": scope.suite.name,
         "fingerprint": fingerprint(scope.suite, scope.layers),
-        "prompts": hashlib.sha256(json.dumps([prompts, columns], sort_keys=True).encode()).hexdigest()[:16],
+        "prompts": hashlib.sha256(json.dumps([prompts, columns, evaluate_on], sort_keys=True).encode()).hexdigest()[
+            :16
+        ],
     }
     _claim(place, about)
-    held = set(
-        random.Random(config.seed).sample(range(len(prompts)), min(config.held_out, len(prompts) // 2)),
-    )
-    kept_back = [prompt for at, prompt in enumerate(prompts) if at in held]
+    held: set[int] = set()
+    if evaluate_on is None:
+        draw = random.Random(config.seed)
+        held = set(draw.sample(range(len(prompts)), min(config.held_out, len(prompts) // 2)))
+    kept_back = [prompt for at, prompt in enumerate(prompts) if at in held] or list(evaluate_on or ())
     trained = [at for at in range(len(prompts)) if at not in held]
     steering, features = _steering(scope, [prompts[at] for at in trained], place, config)
+    texts = [Sample.of(text, "") for text in SAMPLE_TEXTS]
+    fit_before = _fit_before(scope, texts, place / "fit.safetensors")
     rows = [{"prompt": prompts[at], **{name: column[at] for name, column in columns.items()}} for at in trained]
     trainer = RareNegativesTrainer(
         model=scope.backbone.model,
@@ -105,6 +116,7 @@ def finetune_grpo(
                 f"stopped after {trainer.state.global_step} of {config.steps} updates; the same command goes on from there"
             )
     trainer.model.eval()
+    after = fit(scope.backbone, scope.suite, texts, scope.layers)
     trainer.save_model(str(place / "model"))
     report = GRPOReport(
         model=about["model"],
@@ -114,12 +126,17 @@ def finetune_grpo(
         features=features,
         evaluations=[watch.found[step] for step in sorted(watch.found)],
         history=[finite(row) for row in trainer.state.log_history if "reward" in row],
+        drift=drift(fit_before, after),
     )
     report.save(place)
     return report
 
 
-def _check(scope: Scope, prompts: list[Any], columns: Mapping[str, Sequence[Any]]) -> None:
+def _check(
+    scope: Scope, prompts: list[Any], columns: Mapping[str, Sequence[Any]], evaluate_on: list[Any] | None
+) -> None:
+    if evaluate_on is not None and not evaluate_on:
+        raise QwenScopeError("expected prompts to evaluate on, found none; leave evaluate_on out to keep some back")
     if len(prompts) < FEWEST_PROMPTS or len({isinstance(prompt, str) for prompt in prompts}) > 1:
         raise QwenScopeError(
             f"expected at least {FEWEST_PROMPTS} prompts, all texts or all chats, found {len(prompts)}; half of them at most are "
@@ -132,8 +149,10 @@ def _check(scope: Scope, prompts: list[Any], columns: Mapping[str, Sequence[Any]
             )
     if scope.backbone.tokenizer is None:
         raise QwenScopeError("expected a model with its tokenizer, found none; build the scope with tokenizer=…")
-    if isinstance(scope.backbone.model, PeftModel):
-        raise QwenScopeError("expected a model without adapters, found a PEFT model; merge it first")
+    if hasattr(scope.backbone.model, "peft_config"):
+        raise QwenScopeError(
+            "expected a model without adapters, found one with; merge them first, or load the scope anew to go on with a run"
+        )
 
 
 def _claim(place: Path, about: dict[str, Any]) -> None:
@@ -177,6 +196,13 @@ def _steering(scope: Scope, prompts: list[Any], place: Path, config: GRPORun) ->
         )
     raw = Steering(tuple(replace(change.edit, strength=change.strength, unit="raw") for change in ready))
     return str(raw), features
+
+
+def _fit_before(scope: Scope, texts: list[Sample], path: Path) -> Fit:
+    """How the SAEs fit the model as it was, kept for the end of the run."""
+    if not path.exists():
+        fit(scope.backbone, scope.suite, texts, scope.layers).save(path)
+    return Fit.load(path)
 
 
 def _found(scope: Scope, prompts: list[Any], config: GRPORun) -> list[RepetitionFeature]:

@@ -26,8 +26,8 @@ class GRPORun:
     strength: float = 0.3
     """How much of each, in units of its highest activation."""
     off_policy: Literal["as_reported", "corrected", "excluded"] = "as_reported"
-    """What is done about steered rollouts being off-policy: nothing, as in the report; the importance ratio to the steered policy;
-    or left out of the loss, so that they only shift the mean and spread of their group."""
+    """What is done about steered rollouts being off-policy: nothing, as in the report; the importance ratio to the steered
+    policy; or left out of the loss, so that they only shift the mean and spread of their group."""
     rewards: tuple[str, ...] = ("repetition",)
     """What is rewarded: repetition, loop, length:64 or a function module:function, as TRL takes them."""
     reward_weights: tuple[float, ...] = ()

@@ -1,0 +1,233 @@
+"""Makes the figures of docs/finetuning-rl.md anew: repetition over training, with and without steered negatives.
+
+python scripts/grpo_evidence/run.py              # all runs, then the table and plot; half an hour on 2 cores
+python scripts/grpo_evidence/run.py --table      # only the table and plot, from the figures that are there
+
+Each run keeps its checkpoints and report in build/grpo_evidence: after a stop or a kill the same command goes on.
+"""
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_scope.evidence.statistics import bootstrap
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RESULT = HERE / "result.json"
+PAGE = ROOT / "docs" / "finetuning-rl.md"
+PLOT = ROOT / "docs" / "finetuning-rl" / "repeats.png"
+MARKED = re.compile(r"(<!-- grpo -->\n).*?(<!-- /grpo -->)", re.DOTALL)
+RESAMPLES = 5000
+NAMES = {
+    "plain": "plain GRPO",
+    "steered": "steered negatives, as reported",
+    "corrected": "steered negatives, corrected",
+    "excluded": "steered negatives, excluded",
+    "random": "random features of like norm, as reported",
+}
+COLOURS = {"plain": "#0072B2", "steered": "#D55E00", "random": "#888888", "corrected": "#009E73", "excluded": "#CC79A7"}
+
+
+def main() -> None:
+    """Runs what is not there and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="only write the table and plot")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "grpo_evidence", help="where runs are kept")
+    given = parser.parse_args()
+    if not given.table:
+        specs = json.loads((HERE / "specs.json").read_text(encoding="utf-8"))
+        text = json.dumps(rounded(run(specs, given.work)), ensure_ascii=False, indent=1)
+        RESULT.write_text(text + "\n", encoding="utf-8")
+    draw(json.loads(RESULT.read_text(encoding="utf-8")), PLOT)
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def run(specs: dict[str, Any], work: Path) -> dict[str, Any]:
+    """All runs, one after another, and what they share."""
+    from qwen_scope import Scope
+    from qwen_scope.finetuning.grpo_run import finetune_grpo
+    from qwen_scope.finetuning.grpo_run_config import GRPORun
+
+    found = steerings(specs, work)
+    runs = []
+    for seed in specs["seeds"]:
+        for arm in specs["arms"]:
+            folder = work / f"{arm}-{seed}"
+            if not (folder / "report.json").exists():
+                kind = {"plain": "", "random": found["random"]}.get(arm, found["steering"])
+                way = arm if arm in ("corrected", "excluded") else "as_reported"
+                options = {**specs["config"], "rewards": tuple(specs["config"]["rewards"])}
+                config = GRPORun(**options, seed=seed, off_policy=way, plain=not kind, steering=kind or None)
+                # Training changes the model in place, so each run begins with a new one.
+                finetune_grpo(Scope.from_pretrained(), specs["train"], folder, config, evaluate_on=specs["evaluate"])
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            runs.append(
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "evaluations": report["evaluations"],
+                    "history": [
+                        {
+                            name: row[name]
+                            for name in ("step", "reward", "steered/reward", "ordinary/reward")
+                            if name in row
+                        }
+                        for row in report["history"]
+                    ],
+                    "drift": report["drift"],
+                }
+            )
+    return {"specs": specs, **found, "runs": runs}
+
+
+def steerings(specs: dict[str, Any], work: Path) -> dict[str, Any]:
+    """The repetition features, the steering they make in raw units, and one of random features of like norm and density."""
+    path = work / "steerings.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    from qwen_scope import Sampling, Scope
+    from qwen_scope.evidence.random_features import densities_of, random_steerings
+    from qwen_scope.finetuning.repetition import looping_samples, repetition_features
+    from qwen_scope.steering import Steering
+
+    scope, config = Scope.from_pretrained(), specs["config"]
+    # On the prompts that are trained on: those that are evaluated on are seen by nothing.
+    sampling = Sampling(config["evaluate_tokens"], config["evaluate_temperature"], seed=0)
+    samples = looping_samples(scope, specs["train"] * 4, sampling)
+    features = repetition_features(scope, samples, specs["layer"], specs["features"])
+    changes = scope.changes([f"{feature.name}:{specs['strength']}x" for feature in features])
+    raw = [change.strength for change in changes]
+    steering = Steering(tuple(replace(change.edit, strength=change.strength, unit="raw") for change in changes))
+    (other,) = random_steerings(steering, raw, scope.suite, densities_of(scope)[0], 1, specs["random_seed"])
+    found = {
+        "samples": len(samples),
+        "features": [feature.to_dict() for feature in features],
+        "steering": str(steering),
+        "random": str(other),
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six digits: what is beyond differs between processors anyway."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def values(result: dict[str, Any], arm: str, which: int, what: str) -> np.ndarray:
+    """Of an arm's evaluations the first (0), the last (-1) or another: (prompts, seeds * samples)."""
+    runs = [run for run in result["runs"] if run["arm"] == arm]
+    return np.concatenate([np.asarray(run["evaluations"][which][what], float) for run in runs], axis=1)
+
+
+def with_table(text: str) -> str:
+    """The text of the page with its table made anew from the result."""
+    return MARKED.sub(lambda match: match[1] + table() + match[2], text)
+
+
+def interval(sample: np.ndarray, scale: float = 100.0, sign: str = "") -> str:
+    """A mean with its interval over prompts, in percent."""
+    found = bootstrap(sample, RESAMPLES, 0)
+    form = f"{{:{sign}.1f}}"
+    return f"{form.format(scale * found.mean)} [{form.format(scale * found.low)}, {form.format(scale * found.high)}]"
+
+
+def table() -> str:
+    """The result as Markdown."""
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    arms = result["specs"]["arms"]
+    head = (
+        "%",
+        "texts that loop: before",
+        "after",
+        "each seed after",
+        "repeated 4-grams: before",
+        "after",
+        "tokens after",
+    )
+    rows = []
+    for arm in arms:
+        seeds = [f"{100 * np.mean(run['evaluations'][-1]['loops']):.1f}" for run in result["runs"] if run["arm"] == arm]
+        rows.append(
+            [
+                NAMES[arm],
+                interval(values(result, arm, 0, "loops")),
+                interval(values(result, arm, -1, "loops")),
+                ", ".join(seeds),
+                interval(values(result, arm, 0, "repetition")),
+                interval(values(result, arm, -1, "repetition")),
+                f"{values(result, arm, -1, 'tokens').mean():.0f}",
+            ]
+        )
+    lines = [head, ["---"] * len(head), *rows]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
+    more = [("difference after training, percentage points", "texts that loop", "repeated 4-grams"), ["---"] * 3]
+    for one, other in [(arm, "plain") for arm in arms if arm != "plain"] + [("steered", "random")]:
+        cells = [
+            interval(values(result, one, -1, what) - values(result, other, -1, what), sign="+")
+            for what in ("loops", "repetition")
+        ]
+        more.append((f"{NAMES[one]} less {NAMES[other]}", *cells))
+    text += "".join(f"| {' | '.join(line)} |\n" for line in more) + "\n"
+    told = []
+    for arm in arms:
+        rewards = [row for run in result["runs"] if run["arm"] == arm for row in run["history"]]
+        if arm != "plain":
+            steered, ordinary = (
+                np.mean([row[f"{kind}/reward"] for row in rewards]) for kind in ("steered", "ordinary")
+            )
+            told.append(f"{NAMES[arm]} {steered:.3f} (ordinary ones {ordinary:.3f})")
+    text += f"Mean reward of steered rollouts over all updates: {'; '.join(told)}.\n\n"
+    features = ", ".join(f"`{f['feature']}` ({f['first']:.2f} to {f['last']:.2f})" for f in result["features"])
+    text += (
+        f"Repetition features, found in {result['samples']} texts that loop, with their mean activation at first occurrences and "
+        f"last repeats: {features}. Steering `{result['steering']}`; random `{result['random']}`.\n\n"
+    )
+    return text + "![repeat ratio and repeated 4-grams over the updates](finetuning-rl/repeats.png)\n"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The curves of all arms as PNG."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path.parent.mkdir(exist_ok=True)
+    with rc_context({"text.usetex": False, "text.parse_math": False}):
+        figure = Figure(figsize=(8.4, 3.2), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, 2)
+        for panel, what, name in zip(
+            panels, ("loops", "repetition"), ("texts that loop (%)", "repeated 4-grams (%)"), strict=True
+        ):
+            for arm in result["specs"]["arms"]:
+                first = next(run for run in result["runs"] if run["arm"] == arm)
+                steps = [found["step"] for found in first["evaluations"]]
+                found = [bootstrap(values(result, arm, at, what), RESAMPLES, 0) for at in range(len(steps))]
+                panel.fill_between(
+                    steps, [100 * i.low for i in found], [100 * i.high for i in found], color=COLOURS[arm], alpha=0.12
+                )
+                panel.plot(
+                    steps, [100 * i.mean for i in found], color=COLOURS[arm], marker="o", markersize=3, label=NAMES[arm]
+                )
+            panel.set_xlabel("updates")
+            panel.set_ylabel(name)
+            panel.grid(alpha=0.25)
+        panels[0].legend(frameon=False, fontsize=7)
+        # No date and version, so that the same figures make the same file.
+        figure.savefig(path, format="png", metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()
