@@ -75,8 +75,6 @@ def plain_hooks(model, suite, real, rows):
     `real` tells which tokens of the first pass are no padding.
     """
     first = real.int().argmax(1)
-    read = [0]
-    hooks = []
 
     def adding(layer, number, strength):
         def hook(module, args, output):
@@ -90,7 +88,7 @@ def plain_hooks(model, suite, real, rows):
 
     hooks = [adding(1, 5, 1.5), adding(2, 7, -1.0)]
     try:
-        yield read
+        yield
     finally:
         for hook in hooks:
             hook.remove()

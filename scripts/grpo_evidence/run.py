@@ -1,6 +1,7 @@
 """Makes the figures of docs/finetuning-rl.md anew: repetition over training, with and without steered negatives.
 
 python scripts/grpo_evidence/run.py              # all runs, then the table and plot; half an hour on 2 cores
+python scripts/grpo_evidence/run.py --cost       # what a steered rollout costs, measured anew; a minute
 python scripts/grpo_evidence/run.py --table      # only the table and plot, from the figures that are there
 
 Each run keeps its checkpoints and report in build/grpo_evidence: after a stop or a kill the same command goes on.
@@ -11,6 +12,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -38,11 +40,17 @@ def main() -> None:
     """Runs what is not there and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only write the table and plot")
+    parser.add_argument("--cost", action="store_true", help="only measure the cost of steered rollouts anew")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "grpo_evidence", help="where runs are kept")
     given = parser.parse_args()
+    specs = json.loads((HERE / "specs.json").read_text(encoding="utf-8"))
+    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    if not (given.table or given.cost):
+        found = {**run(specs, given.work), **{name: found[name] for name in ("cost",) if name in found}}
+    if given.cost or (not given.table and "cost" not in found):
+        found["cost"] = cost(specs, found["steering"])
     if not given.table:
-        specs = json.loads((HERE / "specs.json").read_text(encoding="utf-8"))
-        text = json.dumps(rounded(run(specs, given.work)), ensure_ascii=False, indent=1)
+        text = json.dumps(rounded(found), ensure_ascii=False, indent=1)
         RESULT.write_text(text + "\n", encoding="utf-8")
     draw(json.loads(RESULT.read_text(encoding="utf-8")), PLOT)
     PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
@@ -114,6 +122,53 @@ def steerings(specs: dict[str, Any], work: Path) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
+
+
+def cost(specs: dict[str, Any], steering: str, rounds: int = 9, tokens: int = 48) -> dict[str, Any]:
+    """How long a batch of rollouts takes with one row of each group steered, over the same with none, in turns."""
+    from tempfile import TemporaryDirectory
+
+    from datasets import Dataset
+
+    from qwen_scope import Scope
+    from qwen_scope.finetuning.grpo_config import RareNegativesConfig
+    from qwen_scope.finetuning.grpo_trainer import RareNegativesTrainer
+    from qwen_scope.finetuning.rewards import reward_of
+
+    scope, group = Scope.from_pretrained(), specs["config"]["rollouts"]
+    with TemporaryDirectory() as folder:
+        trainer = RareNegativesTrainer(
+            model=scope.backbone.model,
+            reward_funcs=reward_of("repetition"),
+            args=RareNegativesConfig(
+                output_dir=folder,
+                steering=steering,
+                num_generations=group,
+                per_device_train_batch_size=2 * group,
+                max_completion_length=tokens,
+                # All texts of the same length: what is compared is the cost of tokens.
+                generation_kwargs={"min_new_tokens": tokens},
+                bf16=False,
+                use_cpu=scope.backbone.device.type == "cpu",
+                report_to="none",
+            ),
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in specs["train"]]),
+            processing_class=scope.backbone.tokenizer,
+            suite=scope.suite,
+        )
+        trainer.model.train()
+        prompts = [prompt for prompt in specs["train"][:2] for _ in range(group)]
+        ids, changes, seconds = trainer._tokenize_prompts(prompts)[0], trainer._changes, {True: [], False: []}
+        for number in range(rounds + 1):
+            for steered in (True, False) if number % 2 else (False, True):
+                trainer._changes = changes if steered else []
+                start = perf_counter()
+                trainer._generate_single_turn(ids, None, {}, group)
+                if number:  # the first warms up
+                    seconds[steered].append(perf_counter() - start)
+    ratios = np.asarray(seconds[True]) / np.asarray(seconds[False])
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return {"rows": len(prompts), "tokens": tokens, "rounds": rounds, "ratio": middle, "quartiles": [low, high]}
 
 
 def rounded(value: Any) -> Any:
@@ -189,6 +244,12 @@ def table() -> str:
             )
             told.append(f"{NAMES[arm]} {steered:.3f} (ordinary ones {ordinary:.3f})")
     text += f"Mean reward of steered rollouts over all updates: {'; '.join(told)}.\n\n"
+    cost = result["cost"]
+    text += (
+        f"Generating {cost['rows']} rollouts of {cost['tokens']} tokens with one of each group steered takes {cost['ratio']:.3f} "
+        f"times as long as with none (median of {cost['rounds']} rounds in turns; half of them from {cost['quartiles'][0]:.3f} to "
+        f"{cost['quartiles'][1]:.3f}).\n\n"
+    )
     features = ", ".join(f"`{f['feature']}` ({f['first']:.2f} to {f['last']:.2f})" for f in result["features"])
     text += (
         f"Repetition features, found in {result['samples']} texts that loop, with their mean activation at first occurrences and "

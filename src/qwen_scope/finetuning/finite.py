@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +38,8 @@ class FiniteSteps(Trainer):
     def _check_finite(self, what: str, value: float) -> None:
         if math.isfinite(value):
             return
-        last = get_last_checkpoint(str(self.args.output_dir))
+        folder = str(self.args.output_dir)
+        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise QwenScopeError(
             f"expected a finite {what}, found {value} in step {self.state.global_step + 1}; lower the learning rate or look "

@@ -36,7 +36,7 @@ class GRPOReport:
     """The repetition features found, if they were looked for."""
     evaluations: list[Evaluation]
     """On prompts kept back, the first before training."""
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
     """Of each update, its step, rewards and what else TRL tells."""
     drift: Drift
     """How well the SAEs fit ordinary texts before and after."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -147,6 +148,10 @@ def _check(
             raise QwenScopeError(
                 f"expected a value of {name} for each of {len(prompts)} prompts, found {len(column)}; give as many"
             )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise QwenScopeError(
+            "expected a single process, found several; use RareNegativesTrainer itself under accelerate launch"
+        )
     if scope.backbone.tokenizer is None:
         raise QwenScopeError("expected a model with its tokenizer, found none; build the scope with tokenizer=…")
     if hasattr(scope.backbone.model, "peft_config"):
