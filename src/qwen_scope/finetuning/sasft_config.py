@@ -1,5 +1,6 @@
 """`SASFTConfig`: TRL's `SFTConfig` and what SASFT adds."""
 
+import warnings
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
@@ -31,7 +32,10 @@ class SASFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # TRL sets it by default, under the name that transformers would rather not see.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            super().__post_init__()
         for name in ("reduce_weight", "token_penalty"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise QwenScopeError(f"expected {name} of 0 or more, found {getattr(self, name)}; choose such as 5e-4")

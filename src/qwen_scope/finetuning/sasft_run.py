@@ -54,17 +54,21 @@ def finetune_sasft(samples: str | Path, folder: str | Path, config: SASFTRun) ->
     _agree_with_before(folder, {"samples": str(samples), **config.to_dict()})
     read = read_samples(samples, config.tag_column, split=config.split, subset=config.subset)
     extra = trl_options(config.trl)
-    train, kept = split(read, config)
+    if config.evaluate_on is None:
+        train, kept = split(read, config)
+    else:
+        train, kept = read, read_samples(config.evaluate_on, config.tag_column)
     backbone, suite = open_models(config)
     check_length(kept, backbone)
     restraints = _restraints(folder, train, backbone, suite, config)
-    check_tags(read, restraints.tags)
+    check_tags([*train, *kept], restraints.tags)
     homes = config.home or tuple(dict.fromkeys(f.home for f in restraints.features if f.home))
     options = {
         name: getattr(config, name) for name in ("prompt_tokens", "new_tokens", "texts_each", "temperature", "seed")
     }
     trainer = make_trainer(folder, train, backbone, suite, restraints, homes, config, extra)
     first = trainer.accelerator.is_main_process
+    backbone.model.eval()
     if first and not (folder / "before.json").exists():
         fit(backbone, suite, kept, restraints.layers).save(folder / "before.safetensors")
         before = evaluate(backbone, suite, kept, homes, **options)
@@ -121,10 +125,17 @@ def split(samples: Sequence[Sample], config: SASFTRun) -> tuple[list[Sample], li
 
 def open_models(config: SASFTRun) -> tuple[Backbone, Suite]:
     """The model to train, in float32, and its SAEs."""
+    import torch
+
     from qwen_scope.scope import Scope
 
-    scope = Scope.from_pretrained(config.model, config.suite, device=config.device)
-    return scope.backbone, scope.suite
+    if config.model is None:
+        scope = Scope.from_pretrained(None, config.suite, device=config.device)
+        return scope.backbone, scope.suite
+    # Unlike reading, fine-tuning goes on from models that were changed before, which the bundled suite still reads.
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = Backbone.from_pretrained(config.model, device=device)
+    return backbone, Suite.from_pretrained(config.suite, device=device)
 
 
 def check_length(samples: Sequence[Sample], backbone: Backbone) -> None:
@@ -247,14 +258,14 @@ def make_trainer(
             warmup_steps=config.warmup,
             bf16=config.bf16,
             gradient_checkpointing=config.gradient_checkpointing,
-            save_steps=config.save_every,
+            save_steps=float(config.save_every),
             seed=config.seed,
             reduce_weight=config.reduce_weight if config.method == "sasft" else 0.0,
             token_penalty=config.token_penalty if config.method == "token-penalty" else 0.0,
             tag_column=config.tag_column,
             use_cpu=backbone.device.type == "cpu",
             report_to="none",
-            **{"logging_steps": 5, "save_total_limit": 2, **extra},
+            **{"logging_steps": 5.0, "save_total_limit": 2, **extra},
         )
         rows = [{**sample.row, config.tag_column: sample.tag} for sample in train]
         return SASFTTrainer(

@@ -65,6 +65,8 @@ class SASFTRun:
     """Compute in bfloat16 beside weights in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
+    evaluate_on: Path | None = None
+    """More samples, to evaluate on. Default: some of the samples are kept back."""
     held_out: float = 0.1
     """Share of each tag's samples kept back to evaluate on, drawn at random."""
     held_out_most: int = 64
