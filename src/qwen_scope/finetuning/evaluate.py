@@ -34,7 +34,7 @@ class Spoken:
     text: str
     """What was generated."""
     switched: bool
-    """Whether it falls into a script of a home; False for texts of homes themselves."""
+    """Whether it falls into a script of a home."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def spoken(
     temperature: float,
     seed: int,
 ) -> list[Spoken]:
-    """What a model goes on with from the beginnings of samples, and whether it falls into a script of a home.
+    """What a model goes on with from the beginnings of samples that are not of a home, and whether it falls into a home's script.
 
     Args:
         homes: languages that should not appear in texts of others.
@@ -110,6 +110,7 @@ def spoken(
     Raises:
         QwenScopeError: tags that are no languages, or languages that share their scripts.
     """
+    samples = [sample for sample in samples if sample.tag not in homes]
     prompts = [sample.prompt(backbone.tokenizer, prompt_tokens) for sample in samples]
     sampling = Sampling(new_tokens, temperature)
     asked = [(sample, prompt, at) for sample, prompt in zip(samples, prompts, strict=True) for at in range(texts_each)]
@@ -121,8 +122,7 @@ def spoken(
     )
     found = []
     for (sample, prompt, _), result in zip(asked, generated, strict=True):
-        foreign = [] if sample.tag in homes else homes
-        switched = any(switch_ratio([result.text], sample.tag, home).switched[0] for home in foreign)
+        switched = any(switch_ratio([result.text], sample.tag, home).switched[0] for home in homes)
         found.append(Spoken(sample.tag, prompt.text, result.text, switched))
     return found
 

@@ -56,8 +56,8 @@ class Sample:
         tokens."""
         if "text" in self.row:
             (text,), _ = tokenize([self.row["text"]], tokenizer)
-            (begun,), _ = tokenize([text.ids[:tokens]], tokenizer)
-            return begun
+            end = text.spans[min(tokens, len(text)) - 1][1]
+            return TokenizedText(text.text[:end], text.ids[:tokens], text.tokens[:tokens], text.spans[:tokens])
         asked = self.row["prompt"] if "prompt" in self.row else _before_the_answer(self.row["messages"])
         (text,), _ = tokenize([asked], tokenizer, reply=True)
         return text
