@@ -28,6 +28,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/footprints.py --folder build
 	$(BIN)/python benchmarks/pipeline.py --folder build
 	$(BIN)/python benchmarks/steer.py
+	$(BIN)/python benchmarks/sasft.py
 	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/table.py
 
