@@ -7,6 +7,7 @@ import torch
 from conftest import D_MODEL, make_tokenizer, random_sae
 from datasets import Dataset
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from qwen_scope.errors import QwenScopeError
@@ -159,6 +160,33 @@ def test_step_agrees_with_the_dense_dictionary(make_model, suite, tmp_path, way,
         wanted = expected.get(name)
         wanted = torch.zeros_like(difference) if wanted is None else wanted
         assert torch.allclose(difference, wanted, rtol=1e-5, atol=1e-6), name
+
+
+class Widest(TorchDispatchMode):
+    """Remembers every size that a tensor had."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, torch.Tensor):
+                self.sizes |= set(each.shape)
+        return result
+
+
+def test_no_tensor_is_as_wide_as_the_dictionary(make_model, tmp_path):
+    suite = Suite.of({1: random_sae(d_sae=997)})
+    restraints = Restraints.of([Restrained("1/990", "xx", {"en": -1.0})], suite, ["en", "xx"])
+    model = make_model("llama")
+    tuned = trainer(model, tmp_path, restraints, suite)
+    batch = next(iter(tuned.get_train_dataloader()))
+    with Widest() as widest:
+        tuned.compute_loss(model, batch).backward()
+    assert 32 in widest.sizes
+    assert 997 not in widest.sizes
 
 
 def test_loss_does_not_depend_on_how_a_batch_is_cut(make_model, suite, restrained, tmp_path):
@@ -378,7 +406,9 @@ class Spoil(TrainerCallback):
 
 
 def test_a_loss_that_is_no_number_stops_at_the_last_good_checkpoint(make_model, restrained, suite, tmp_path):
-    tuned = trainer(make_model("llama"), tmp_path, restrained, suite, max_steps=6, save_strategy="steps", save_steps=2.0)
+    tuned = trainer(
+        make_model("llama"), tmp_path, restrained, suite, max_steps=6, save_strategy="steps", save_steps=2.0
+    )
     tuned.add_callback(Spoil(3))
     with pytest.raises(QwenScopeError, match=r"expected a finite loss, found nan in step 4.*checkpoint-2"):
         tuned.train()

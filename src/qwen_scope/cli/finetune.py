@@ -41,7 +41,8 @@ class Sasft:
         for tag, before in found["before"]["perplexity"].items():
             line = f"{tag}: perplexity {before:.2f} before, {found['after']['perplexity'][tag]:.2f} after"
             if tag in found["after"]["switch_ratio"]:
-                line += f"; {found['before']['switch_ratio'][tag]:.1%} of texts switched, now {found['after']['switch_ratio'][tag]:.1%}"
+                switches = [found[which]["switch_ratio"][tag] for which in ("before", "after")]
+                line += f"; {switches[0]:.1%} of texts switched, now {switches[1]:.1%}"
             print(line)
         for warning in found["drift"]["warnings"]:
             print(f"warning: {warning}")
@@ -142,8 +143,7 @@ class ModelDrift:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Changes a model for good by its features: SASFT, reinforcement learning with rare negatives, and whether the SAEs still "
-    "fit."""
+    """Changes a model for good by its features: SASFT, reinforcement learning with rare negatives; do the SAEs still fit?"""
 
     do: (
         Annotated[Sasft, tyro.conf.subcommand("sasft")]
