@@ -111,7 +111,7 @@ def dense_difference(scope: Scope, samples: list[list[int]], layer: int) -> torc
     """By the definition, with dense activations and loops."""
     totals = []
     for ids in samples:
-        dense = scope.features(ids)[layer].features.to_dense().clamp_min(0).double()
+        dense = scope.features(ids)[layer].to_dense().clamp_min(0).double()
         places = defaultdict(list)
         for at, token in enumerate(ids):
             if at:

@@ -72,6 +72,7 @@ def run(specs: dict[str, Any], work: Path) -> dict[str, Any]:
                 way = arm if arm in ("corrected", "excluded") else "as_reported"
                 options = {**specs["config"], "rewards": tuple(specs["config"]["rewards"])}
                 config = GRPORun(**options, seed=seed, off_policy=way, plain=not kind, steering=kind or None)
+                _begin_alike(folder, [work / f"{other}-{seed}" for other in specs["arms"]])
                 # Training changes the model in place, so each run begins with a new one.
                 finetune_grpo(Scope.from_pretrained(), specs["train"], folder, config, evaluate_on=specs["evaluate"])
             report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -92,6 +93,18 @@ def run(specs: dict[str, Any], work: Path) -> dict[str, Any]:
                 }
             )
     return {"specs": specs, **found, "runs": runs}
+
+
+def _begin_alike(folder: Path, others: list[Path]) -> None:
+    """Takes the evaluation before training from another run of the seed: the same model, prompts and seeds of texts."""
+    for path in (folder, *others):
+        told = path / "evaluations.jsonl"
+        line = told.read_text(encoding="utf-8").split("\n")[0] if told.exists() else ""
+        if line:
+            if path != folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / told.name).write_text(line + "\n", encoding="utf-8")
+            return
 
 
 def steerings(specs: dict[str, Any], work: Path) -> dict[str, Any]:
@@ -148,6 +161,7 @@ def cost(specs: dict[str, Any], steering: str, rounds: int = 9, tokens: int = 48
                 max_completion_length=tokens,
                 # All texts of the same length: what is compared is the cost of tokens.
                 generation_kwargs={"min_new_tokens": tokens},
+                activation_checkpointing=False,
                 bf16=False,
                 use_cpu=scope.backbone.device.type == "cpu",
                 report_to="none",
@@ -246,9 +260,9 @@ def table() -> str:
     text += f"Mean reward of steered rollouts over all updates: {'; '.join(told)}.\n\n"
     cost = result["cost"]
     text += (
-        f"Generating {cost['rows']} rollouts of {cost['tokens']} tokens with one of each group steered takes {cost['ratio']:.3f} "
-        f"times as long as with none (median of {cost['rounds']} rounds in turns; half of them from {cost['quartiles'][0]:.3f} to "
-        f"{cost['quartiles'][1]:.3f}).\n\n"
+        f"Generating {cost['rows']} rollouts of {cost['tokens']} tokens with one of each group steered takes "
+        f"{cost['ratio']:.3f} times as long as with none (median of {cost['rounds']} rounds in turns; half of them from "
+        f"{cost['quartiles'][0]:.3f} to {cost['quartiles'][1]:.3f}).\n\n"
     )
     features = ", ".join(f"`{f['feature']}` ({f['first']:.2f} to {f['last']:.2f})" for f in result["features"])
     text += (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -52,7 +53,10 @@ class RareNegativesConfig(GRPOConfig):
                 raise QwenScopeError(
                     f"expected {expected} with steered rollouts, found {found}; change it, or steer none"
                 )
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # transformers warns of the old name of an option, which TRL's own default uses.
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            super().__post_init__()
 
 
 def _refused(config: RareNegativesConfig) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ class GRPORun:
     """Where repetition features are looked for."""
     features: int = 4
     """How many of them are steered together."""
-    strength: float = 0.3
+    strength: float = 0.8
     """How much of each, in units of its highest activation."""
     off_policy: Literal["as_reported", "corrected", "excluded"] = "as_reported"
     """What is done about steered rollouts being off-policy: nothing, as in the report; the importance ratio to the steered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -124,6 +125,13 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
     def _send_telemetry(self) -> None:
         # TRL tells Hugging Face of each trainer made; who uses this package has not been asked.
         pass
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's."""
+        with warnings.catch_warnings():
+            # TRL reads an attribute of the model at every step under a name that transformers would rather not see.
+            warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+            return super().train(*args, **kwargs)
 
     def steered_rows(self, count: int) -> Bool[Tensor, " count"]:
         """Which of this process's rows of a generation batch are steered: the last of each group, counted over all processes."""
