@@ -52,16 +52,20 @@ ARMS: dict[str, dict[str, Any]] = {
 COMMON = {
     "home": ("zh",),
     "rows": 8,
-    "max_length": 64,
+    "max_length": 48,
+    "bf16": True,
+    "measure_on": 24,
     "prompt_tokens": 12,
-    "new_tokens": 32,
+    "new_tokens": 24,
     "texts_each": 2,
     "save_every": 1000,
 }
-BREAKING = {"steps": 100, "learning_rate": 1e-4}
-MENDING = {"steps": 40, "learning_rate": 2e-5}
-MEASURED_ON = 32
+BREAKING = {"steps": 60, "learning_rate": 1e-4}
+MENDING = {"steps": 25, "learning_rate": 2e-5}
+MEASURED_ON = 24
 """Samples of each language kept for the figures."""
+LONGEST = {"en": 300, "zh": 100}
+"""Characters of a sample."""
 RESAMPLES = 2000
 
 
@@ -232,7 +236,7 @@ def paragraphs(code: str) -> dict[str, list[str]]:
                 file = tar.extractfile(member)
                 reader = Paragraphs()
                 reader.feed(file.read().decode() if file else "")
-                found[chapter[1]] = [text for text in reader.found if wanted(text, code)]
+                found[chapter[1]] = [text[: LONGEST[code[:2]]] for text in reader.found if wanted(text, code)]
     return found
 
 
