@@ -14,7 +14,8 @@ import commandline
 import machine
 from datasets import Dataset, disable_progress_bars
 from timing import OURS, short, time_case
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.finetuning.restraints import Restrained, Restraints

@@ -1,6 +1,7 @@
 """Makes the figures on code-switching of docs/finetuning.md anew: a small model that falls into Chinese, and ways to mend it.
 
 python scripts/finetuning_evidence/code_switch.py            # everything, then the table; half an hour on 2 cores
+python scripts/finetuning_evidence/code_switch.py --seeds 1  # fewer seeds, sooner; more can follow
 python scripts/finetuning_evidence/code_switch.py --table    # only the table, from the figures that are there
 
 1. The bundled model is fine-tuned on English, Chinese, and English that breaks off into Chinese: it code-switches then.
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,14 @@ MARKED = re.compile(r"(<!-- code-switch -->\n).*?(<!-- /code-switch -->)", re.DO
 VERSION = "2.100"
 HELD_OUT = ("ch02", "ch06")
 """Chapters that are measured on: packages, and the net."""
-SEEDS = (0, 1, 2)
+SEEDS = 3
+"""Orders of the samples, and seeds of the texts."""
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft"},
     "token-penalty 1": {"method": "token-penalty", "token_penalty": 1.0},
     "token-penalty 10": {"method": "token-penalty", "token_penalty": 10.0},
     "sasft 0.1": {"method": "sasft", "reduce_weight": 0.1},
-    "sasft 1": {"method": "sasft", "reduce_weight": 1.0},
+    "sasft 0.5": {"method": "sasft", "reduce_weight": 0.5},
 }
 COMMON = {
     "home": ("zh",),
@@ -73,40 +76,51 @@ def main() -> None:
     """Runs what is not there yet and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "finetuning_evidence" / "code_switch")
     given = parser.parse_args()
     if not given.table:
-        run(given.work)
+        run(given.work, range(given.seeds))
     PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def run(work: Path) -> None:
+def run(work: Path, seeds: Sequence[int]) -> None:
     """Makes the switching model, mends it in every way, and writes the figures."""
     from qwen_scope.cli.common import quiet_loading
-    from qwen_scope.finetuning import SASFTRun, finetune_sasft
 
     quiet_loading()
     texts(work)
-    common = {**COMMON, "evaluate_on": work / "held.jsonl"}
-    broken = finetune_sasft(work / "mixed.jsonl", work / "broken", SASFTRun(**common, **BREAKING, method="sft"))
+    broken = once(work / "broken", work / "mixed.jsonl", {**BREAKING, "method": "sft"})
     print(f"broken: {line(broken)}", flush=True)
-    found = {}
-    for name, arm in ARMS.items():
-        for seed in SEEDS:
+    found, first = {}, work / f"{next(iter(ARMS)).replace(' ', '-')}-0"
+    for seed in seeds:
+        for name, arm in ARMS.items():
             folder = work / f"{name.replace(' ', '-')}-{seed}"
-            options = {**common, **MENDING, **arm, "seed": seed, "model": str(work / "broken" / "model")}
-            # What does not depend on the arm is measured once: the features and the figures before.
-            first = work / f"{next(iter(ARMS)).replace(' ', '-')}-{SEEDS[0]}"
             folder.mkdir(parents=True, exist_ok=True)
+            # What does not depend on the arm is measured once: the features and the figures before.
             for file in ("before.json", "before.safetensors", "restraints.json"):
                 if (first / file).exists() and not (folder / file).exists():
                     shutil.copy(first / file, folder / file)
-            found[name, seed] = finetune_sasft(work / "clean.jsonl", folder, SASFTRun(**options))
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            options = {**MENDING, **arm, "seed": seed, "model": str(work / "broken" / "model")}
+            found[name, seed] = once(folder, work / "clean.jsonl", options)
+            for large in ("model", "checkpoints"):
+                shutil.rmtree(folder / large, ignore_errors=True)
             print(f"{name}, seed {seed}: {line(found[name, seed])}", flush=True)
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(summed_up(broken, found), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    RESULT.write_text(
+        json.dumps(summed_up(broken, found, seeds), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def once(folder: Path, samples: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """A run, or its report if it is done."""
+    if (folder / "report.json").exists():
+        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    from qwen_scope.finetuning import SASFTRun, finetune_sasft
+
+    return finetune_sasft(
+        samples, folder, SASFTRun(**{**COMMON, "evaluate_on": folder.parent / "held.jsonl", **options})
+    )
 
 
 def line(report: dict[str, Any]) -> str:
@@ -116,17 +130,19 @@ def line(report: dict[str, Any]) -> str:
     return f"switches {after['switch_ratio']['en']:.3f}, perplexity {perplexities}"
 
 
-def summed_up(broken: dict[str, Any], found: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+def summed_up(
+    broken: dict[str, Any], found: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]
+) -> dict[str, Any]:
     """The figures of all arms, with intervals, each arm beside plain fine-tuning with the same seeds and samples."""
     from qwen_scope.evidence.statistics import bootstrap
 
     def switches(name: str) -> np.ndarray:
-        rows = [[each["switched"] for each in found[name, seed]["after"]["spoken"]] for seed in SEEDS]
+        rows = [[each["switched"] for each in found[name, seed]["after"]["spoken"]] for seed in seeds]
         each = COMMON["texts_each"]
-        return np.array(rows, dtype=float).reshape(len(SEEDS), -1, each).mean(2).T
+        return np.array(rows, dtype=float).reshape(len(seeds), -1, each).mean(2).T
 
     def losses(name: str, tag: str) -> np.ndarray:
-        return np.array([found[name, seed]["after"]["losses"][tag] for seed in SEEDS]).T
+        return np.array([found[name, seed]["after"]["losses"][tag] for seed in seeds]).T
 
     arms, plain = {}, next(iter(ARMS))
     for name in ARMS:
@@ -134,20 +150,20 @@ def summed_up(broken: dict[str, Any], found: dict[tuple[str, int], dict[str, Any
             "switch_ratio": vars(bootstrap(switches(name), RESAMPLES, 0)),
             "switch_ratio_of_each_seed": switches(name).mean(0).tolist(),
             "perplexity": {
-                tag: float(np.mean([found[name, seed]["after"]["perplexity"][tag] for seed in SEEDS]))
+                tag: float(np.mean([found[name, seed]["after"]["perplexity"][tag] for seed in seeds]))
                 for tag in ("en", "zh")
             },
             "drift": [
                 {
                     "layer": layer["layer"],
                     "fvu_after": float(
-                        np.mean([found[name, seed]["drift"]["layers"][at]["fvu_after"] for seed in SEEDS])
+                        np.mean([found[name, seed]["drift"]["layers"][at]["fvu_after"] for seed in seeds])
                     ),
-                    "overlap": float(np.mean([found[name, seed]["drift"]["layers"][at]["overlap"] for seed in SEEDS])),
+                    "overlap": float(np.mean([found[name, seed]["drift"]["layers"][at]["overlap"] for seed in seeds])),
                 }
-                for at, layer in enumerate(found[name, SEEDS[0]]["drift"]["layers"])
+                for at, layer in enumerate(found[name, 0]["drift"]["layers"])
             ],
-            "reduce_loss": [[row["reduce_loss"] for row in found[name, seed]["history"]] for seed in SEEDS],
+            "reduce_loss": [[row["reduce_loss"] for row in found[name, seed]["history"]] for seed in seeds],
         }
         if name != plain:
             figures["switches_less_sft"] = vars(bootstrap(switches(name) - switches(plain), RESAMPLES, 0))
@@ -155,7 +171,7 @@ def summed_up(broken: dict[str, Any], found: dict[tuple[str, int], dict[str, Any
                 tag: vars(bootstrap(losses(name, tag) - losses(plain, tag), RESAMPLES, 0)) for tag in ("en", "zh")
             }
         arms[name] = figures
-    first = found[plain, SEEDS[0]]
+    first = found[plain, 0]
     stages = {
         "as it comes": broken["before"],
         "made to switch": broken["after"],
@@ -165,7 +181,7 @@ def summed_up(broken: dict[str, Any], found: dict[tuple[str, int], dict[str, Any
         "common": {**COMMON, "measured_on": MEASURED_ON},
         "breaking": BREAKING,
         "mending": MENDING,
-        "seeds": list(SEEDS),
+        "seeds": list(seeds),
         "features": first["features"],
         "stages": {
             name: {"switch_ratio": of["switch_ratio"]["en"], "perplexity": of["perplexity"]}
@@ -173,7 +189,7 @@ def summed_up(broken: dict[str, Any], found: dict[tuple[str, int], dict[str, Any
         },
         "arms": arms,
         "examples": {
-            name: [each["prompt"] + "|" + each["text"] for each in found[name, SEEDS[0]]["after"]["spoken"][:4]]
+            name: [each["prompt"] + "|" + each["text"] for each in found[name, 0]["after"]["spoken"][:4]]
             for name in ARMS
         },
     }

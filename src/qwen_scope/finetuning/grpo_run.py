@@ -35,10 +35,11 @@ from qwen_scope.scope import Scope
 from qwen_scope.steering import Steering
 from qwen_scope.steering.recipe import model_name
 from qwen_scope.stopping import Stop, Stopped, stopping
+from qwen_scope.tokens import tokenize
 
 FEWEST_PROMPTS = 4
 """Some to train on, some to evaluate on."""
-WARM_UP = 5
+WARM_UP = 2
 """Updates until the learning rate is reached."""
 LOOPS_WANTED, LOOKED_AT = 16, 64
 """Samples that loop, and prompts whose texts are looked at for them, to find repetition features in."""
@@ -92,7 +93,7 @@ def finetune_grpo(
     kept_back = [prompt for at, prompt in enumerate(prompts) if at in held] or list(evaluate_on or ())
     trained = [at for at in range(len(prompts)) if at not in held]
     steering, features = _steering(scope, [prompts[at] for at in trained], place, config)
-    texts = [Sample.of(text, "") for text in SAMPLE_TEXTS]
+    texts = _ordinary_texts(scope)
     fit_before = _fit_before(scope, texts, place / "fit.safetensors")
     rows = [{"prompt": prompts[at], **{name: column[at] for name, column in columns.items()}} for at in trained]
     trainer = RareNegativesTrainer(
@@ -203,6 +204,15 @@ def _steering(scope: Scope, prompts: list[Any], place: Path, config: GRPORun) ->
     return str(raw), features
 
 
+def _ordinary_texts(scope: Scope) -> list[Sample]:
+    """The texts on which it is measured whether the SAEs still fit; of a model with a short context, their beginnings."""
+    limit, found = scope.backbone.context_length, []
+    for text in tokenize(SAMPLE_TEXTS, scope.backbone.tokenizer)[0]:
+        long = limit is not None and len(text) > limit
+        found.append(Sample.of(text.text[: text.spans[limit - 1][1]] if long else text.text, ""))
+    return found
+
+
 def _fit_before(scope: Scope, texts: list[Sample], path: Path) -> Fit:
     """How the SAEs fit the model as it was, kept for the end of the run."""
     if not path.exists():
@@ -218,7 +228,7 @@ def _found(scope: Scope, prompts: list[Any], config: GRPORun) -> list[Repetition
             f"expected at least {FEWEST_LOOPS} texts that loop, to find repetition features in, found {len(samples)} among "
             f"{min(len(prompts), LOOKED_AT)}; lower evaluate_temperature, raise evaluate_tokens, or name a steering"
         )
-    return repetition_features(scope, samples, config.layer, config.features)
+    return repetition_features(scope, samples, config.feature_layer, config.features)
 
 
 def _arguments(scope: Scope, place: Path, config: GRPORun, steering: str) -> RareNegativesConfig:

@@ -19,7 +19,7 @@ class GRPORun:
     for."""
     plain: bool = False
     """Steer none: TRL's GRPO, to compare with."""
-    layer: int = 15
+    feature_layer: int = 15
     """Where repetition features are looked for."""
     features: int = 4
     """How many of them are steered together."""
@@ -71,7 +71,7 @@ class GRPORun:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("layer", 0), ("features", 1), ("steps", 1), ("prompts_per_step", 1), ("rollouts", 2), ("rows", 1),
+            ("feature_layer", 0), ("features", 1), ("steps", 1), ("prompts_per_step", 1), ("rollouts", 2), ("rows", 1),
             ("max_new_tokens", 1), ("lora_rank", 0), ("held_out", 1), ("evaluate_every", 1), ("evaluate_samples", 1),
             ("evaluate_tokens", 1), ("save_every", 1), ("seed", 0),
         ):  # fmt: skip

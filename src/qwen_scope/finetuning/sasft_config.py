@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass, field
 
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from qwen_scope.errors import QwenScopeError
 

@@ -194,7 +194,7 @@ def trl_options(given: Sequence[str]) -> dict[str, Any]:
     Raises:
         QwenScopeError: an option that TRL does not have, or that would do nothing here.
     """
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     known, found = {field.name for field in fields(SFTConfig) if field.init}, {}
     for each in given:

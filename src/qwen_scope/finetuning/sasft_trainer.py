@@ -13,8 +13,9 @@ from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from trl import SFTConfig, SFTTrainer
 from trl.data_utils import pack_dataset
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.finetuning.finite import FiniteSteps
@@ -70,6 +71,9 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
     _tag_names = ["trl", "sft", "sasft"]  # noqa: RUF012 - as TRL declares it
     _name = "SASFT"
 
+    args: SASFTConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    model: Any  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
         self,
         model: Any,
@@ -124,15 +128,15 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
             # Packing comes after the tags are there, and cuts by itself.
             whole = copy.copy(args)
             whole.max_length, whole.shuffle_dataset = None, False
-        prepared = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        numbers, options = {tag: n for n, tag in enumerate(self.restraints.tags)}, {"num_proc": args.dataset_num_proc}
+        prepared: Any = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        numbers = {tag: n for n, tag in enumerate(self.restraints.tags)}
+        options: dict[str, Any] = {"num_proc": args.dataset_num_proc}
 
         def tagged(ids: list[int], tag: str) -> dict[str, list[int]]:
             return {TAGS: [numbers[tag]] * len(ids)}
 
-        prepared = prepared.map(
-            tagged, input_columns=["input_ids", args.tag_column], desc=f"Tagging {dataset_name} dataset", **options
-        )
+        columns = {"input_columns": ["input_ids", args.tag_column], "desc": f"Tagging {dataset_name} dataset"}
+        prepared = prepared.map(tagged, **columns, **options)
         if packing:
             if args.max_length is None:
                 raise QwenScopeError("expected a max_length with packing, found none; say how long packed rows are")
@@ -265,7 +269,7 @@ def _refuse_options(config: SASFTConfig, options: dict[str, Any]) -> None:
     """Raises a QwenScopeError for options under which the tags or hooks would be lost."""
     refused = {
         "data_collator": options.get("data_collator") is not None,
-        "dataset_kwargs['skip_prepare_dataset']": bool((config.dataset_kwargs or {}).get("skip_prepare_dataset")),
+        "dataset_kwargs['skip_prepare_dataset']": "skip_prepare_dataset" in (config.dataset_kwargs or {}),
         "torch_compile": config.torch_compile,
         "use_liger_kernel": config.use_liger_kernel,
         "parallelism_config": getattr(config, "parallelism_config", None) is not None,

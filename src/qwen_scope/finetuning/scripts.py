@@ -120,7 +120,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, scripts: Sequence[str]) -> lis
     leads = _lead_bytes(tuple(scripts))
     found = []
     for number, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
-        text = tokenizer.decode([number], clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode([number], clean_up_tokenization_spaces=False))
         if pattern.search(text) or ("\ufffd" in text and _bytes_of(piece)[:1] in leads):
             found.append(number)
     return found
