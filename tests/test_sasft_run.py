@@ -1,5 +1,6 @@
 """One run of SASFT from samples to report: through the command, killed and gone on with, refused, with LoRA and Parquet."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -215,3 +217,60 @@ def test_samples_are_kept_back_of_each_tag():
 
 def test_values_of_options_are_json():
     assert trl_options(["weight_decay=0.1", "optim=adamw_torch"]) == {"weight_decay": 0.1, "optim": "adamw_torch"}
+
+
+# The evidence in the documents
+
+EVIDENCE = Path(__file__).parent.parent / "scripts" / "finetuning_evidence"
+
+
+def evidence() -> ModuleType:
+    """The script that makes the figures of the documents."""
+    spec = importlib.util.spec_from_file_location("code_switch_evidence", EVIDENCE / "code_switch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_that_of_the_committed_figures():
+    script = evidence()
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert script.with_table(page) == page
+    found = json.loads(script.RESULT.read_text(encoding="utf-8"))
+    assert list(found["arms"]) == list(script.ARMS)
+    assert (found["breaking"], found["mending"]) == (script.BREAKING, script.MENDING)
+    for name in ("sft", "token-penalty 1", "sasft 0.1"):
+        assert len(found["arms"][name]["switch_ratio_of_each_seed"]) == len(found["seeds"])
+        assert name in page
+
+
+def test_figures_are_summed_up_with_the_same_prompts_and_seeds_together():
+    script = evidence()
+
+    def report(switched: list[bool], loss: float) -> dict:
+        return {
+            "before": {"switch_ratio": {"en": 0.0}, "perplexity": {"en": 3.0, "zh": 2.0}},
+            "after": {
+                "switch_ratio": {"en": sum(switched) / len(switched)},
+                "perplexity": {"en": 3.0, "zh": 2.0},
+                "losses": {"en": [loss, loss + 1], "zh": [loss, loss]},
+                "spoken": [{"prompt": "a", "text": "b", "switched": each} for each in switched],
+            },
+            "drift": {"layers": [{"layer": 23, "fvu_before": 0.2, "fvu_after": 0.3, "overlap": 0.8}]},
+            "history": [{"step": 5, "reduce_loss": 0.5}],
+            "features": [],
+        }
+
+    found = {
+        (name, seed): report([seed == 0, name == "sft", True, True], 1.0 if name == "sft" else 1.5)
+        for name in script.ARMS
+        for seed in (0, 1)
+    }
+    summed = script.summed_up(report([True] * 4, 1.0), found, range(2))
+    assert summed["arms"]["sft"]["switch_ratio_of_each_seed"] == [1.0, 0.75]
+    assert summed["arms"]["sasft 0.1"]["switch_ratio_of_each_seed"] == [0.75, 0.5]
+    assert summed["arms"]["sasft 0.1"]["switches_less_sft"]["mean"] == pytest.approx(-0.25)
+    assert summed["arms"]["sasft 0.1"]["loss_less_sft"]["en"]["mean"] == pytest.approx(0.5)
+    assert "| **sasft 0.1** | 62.5% (75.0%, 50.0%) |" in script.table(summed)
