@@ -30,9 +30,15 @@ NAMES = ["France", "Italy", "Spain", "Rome", "Paris", "and", "the", "capital"]
 PROMPTS = [f"the capital of {name}" for name in NAMES]
 SMALL = {
     "steps": 4, "prompts_per_step": 2, "rollouts": 3, "rows": 3, "max_new_tokens": 6, "held_out": 2, "evaluate_every": 2,
-    "evaluate_samples": 2, "evaluate_tokens": 24, "save_every": 1, "lora_rank": 2, "learning_rate": 1e-2, "layer": 1,
+    "evaluate_samples": 2, "evaluate_tokens": 24, "save_every": 1, "lora_rank": 2, "learning_rate": 1e-2, "feature_layer": 1,
 }  # fmt: skip
 STEERING = "1/5:1.5"
+VARIED = "test_finetune_grpo:varied"
+"""Six tokens hardly repeat: a reward that tells any two texts apart, so that there is something to learn."""
+
+
+def varied(completion_ids, **rest):
+    return [ids[0] / 100 + len(set(ids)) / 10 for ids in completion_ids]
 
 
 @pytest.fixture
@@ -46,11 +52,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_leaves_a_model_and_a_page(scope, tmp_path):
-    report = finetune_grpo(scope, PROMPTS, tmp_path, GRPORun(**SMALL, steering=STEERING))
+    report = finetune_grpo(scope, PROMPTS, tmp_path, GRPORun(**SMALL, steering=STEERING, rewards=(VARIED,)))
     assert report.steering == "1/5:1.5"
     assert [found.step for found in report.evaluations] == [0, 2, 4]
     assert [row["step"] for row in report.history] == [1, 2, 3, 4]
-    assert all(row["steered/reward"] <= 0 for row in report.history)
+    assert all(row["steered/reward"] > 0 for row in report.history)
     assert {layer.layer for layer in report.drift.layers} == set(scope.layers)
     for found in report.evaluations:
         assert len(found.loops) == 2
@@ -67,7 +73,7 @@ def test_a_run_leaves_a_model_and_a_page(scope, tmp_path):
 
 
 def test_all_weights_can_be_trained_and_plain_grpo_steers_none(scope, tmp_path):
-    config = GRPORun(**{**SMALL, "lora_rank": 0, "steps": 2, "learning_rate": 1e-3}, plain=True)
+    config = GRPORun(**{**SMALL, "lora_rank": 0, "steps": 2, "learning_rate": 1e-3}, plain=True, rewards=(VARIED,))
     before = {name: p.detach().clone() for name, p in scope.backbone.model.named_parameters()}
     report = finetune_grpo(scope, PROMPTS, tmp_path, config, evaluate_on=["of the capital"])
     assert report.steering == ""
@@ -91,7 +97,7 @@ def test_features_are_found_where_no_steering_is_given(scope, tmp_path):
     assert sum(loop is not None for loop in looped) >= 3
     # A sample of texts does not fire every feature of a random SAE.
     scope.maxima = Maxima(lambda layer: torch.ones(128), "the test")
-    config = GRPORun(**{**SMALL, "steps": 1}, features=2, evaluate_temperature=0, strength=0.5)
+    config = GRPORun(**{**SMALL, "steps": 1}, features=2, evaluate_temperature=0.0, strength=0.5)
     report = finetune_grpo(scope, PROMPTS, tmp_path, config)
     assert [feature.layer for feature in report.features] == [1] * len(report.features)
     assert all(feature.name in report.steering for feature in report.features)
@@ -119,17 +125,18 @@ def command(given: Path, out: Path, *more: str, **options) -> list[str]:
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(given, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run = [sys.executable, "-m", "qwen_scope.cli"]
-    subprocess.run([*run, *command(given, whole, off_policy="corrected")], env=environment, check=True)
-    process = subprocess.Popen([*run, *command(given, killed, off_policy="corrected")], env=environment)
+    run, options = [sys.executable, "-m", "qwen_scope.cli"], ("--rewards", VARIED, "--off-policy", "corrected")
+    subprocess.run([*run, *command(given, whole, *options)], env=environment, check=True)
+    process = subprocess.Popen([*run, *command(given, killed, *options)], env=environment)
     while not (killed / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "report.json").exists()
-    subprocess.run([*run, *command(given, killed, off_policy="corrected")], env=environment, check=True)
+    subprocess.run([*run, *command(given, killed, *options)], env=environment, check=True)
     expected = weights(whole)
     for name, tensor in weights(killed).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
@@ -182,7 +189,7 @@ def test_what_cannot_be_run_is_told_before_anything_is_trained(scope, tmp_path):
     config = GRPORun(**SMALL, steering=STEERING)
     for prompts, options, told in (
         (PROMPTS[:2], {}, "at least 4 prompts"),
-        ([*PROMPTS, [{"role": "user", "content": "a"}]], {}, "of one kind"),
+        ([*PROMPTS, [{"role": "user", "content": "a"}]], {}, "all texts or all chats"),
         (PROMPTS, {"columns": {"a": [1]}}, "a value of a for each of 8"),
         (PROMPTS, {"evaluate_on": []}, "prompts to evaluate on"),
         (PROMPTS, {"config": GRPORun(**SMALL, rewards=("nothing",))}, "a reward as"),
@@ -197,7 +204,7 @@ def test_what_cannot_be_run_is_told_before_anything_is_trained(scope, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"steps": 0}, {"rollouts": 1}, {"rows": 5}, {"learning_rate": 0}, {"temperature": float("nan")}, {"beta": -1},
+        {"steps": 0}, {"rollouts": 1}, {"rows": 5}, {"learning_rate": 0.0}, {"temperature": float("nan")}, {"beta": -1.0},
         {"plain": True, "steering": "1/1"}, {"rewards": ()}, {"reward_weights": (1.0, 2.0)},
     ],
 )  # fmt: skip

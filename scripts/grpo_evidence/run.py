@@ -170,7 +170,7 @@ def cost(specs: dict[str, Any], steering: str, rounds: int = 9, tokens: int = 48
             processing_class=scope.backbone.tokenizer,
             suite=scope.suite,
         )
-        trainer.model.train()
+        scope.backbone.model.train()
         prompts = [prompt for prompt in specs["train"][:2] for _ in range(group)]
         ids, changes, seconds = trainer._tokenize_prompts(prompts)[0], trainer._changes, {True: [], False: []}
         for number in range(rounds + 1):

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from trl import GRPOConfig
+from trl.trainer.grpo_config import GRPOConfig
 
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.steering import Steering

@@ -117,7 +117,7 @@ def finetune_grpo(
             raise Stopped(
                 f"stopped after {trainer.state.global_step} of {config.steps} updates; the same command goes on from there"
             )
-    trainer.model.eval()
+    scope.backbone.model.eval()
     after = fit(scope.backbone, scope.suite, texts, scope.layers)
     trainer.save_model(str(place / "model"))
     report = GRPOReport(
@@ -208,8 +208,8 @@ def _ordinary_texts(scope: Scope) -> list[Sample]:
     """The texts on which it is measured whether the SAEs still fit; of a model with a short context, their beginnings."""
     limit, found = scope.backbone.context_length, []
     for text in tokenize(SAMPLE_TEXTS, scope.backbone.tokenizer)[0]:
-        long = limit is not None and len(text) > limit
-        found.append(Sample.of(text.text[: text.spans[limit - 1][1]] if long else text.text, ""))
+        most = len(text) if limit is None else min(limit, len(text))
+        found.append(Sample.of(text.text[: text.spans[most - 1][1]], ""))
     return found
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError
@@ -105,6 +105,10 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        # What TRL and transformers declare is wider than what is there.
+        self._policy: Any = self.model
+        self._group = int(args.num_generations or 0)
+        self._off_policy = args.off_policy
         self._changes: list[Change] = []
         self._corrected: dict[str, Any] | None = None
         if not steering:
@@ -138,10 +142,10 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
         if not self._changes:
             return torch.zeros(count, dtype=torch.bool)
         rows = self.accelerator.process_index * count + torch.arange(count)
-        return rows % self.num_generations == self.num_generations - 1
+        return rows % self._group == self._group - 1
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if not self._changes or not self.model.training:
+        if not self._changes or not self._policy.training:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         rows = [self._changes if chosen else [] for chosen in self.steered_rows(len(prompt_ids)).tolist()]
         with steered(self.backbone, rows, self.suite):
@@ -149,7 +153,7 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, *args, **kwargs)
-        if self._changes and self.model.training:
+        if self._changes and self._policy.training:
             # Of all processes, in the order of groups.
             total = (rewards * self.reward_weights.to(rewards.device)).nansum(1).view(-1, self.num_generations)
             self._metrics["train"]["steered/reward"].append(total[:, -1].mean().item())
@@ -157,17 +161,17 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        training = self.model.training
+        training = self._policy.training
         output = super()._generate_and_score_completions(inputs)
         if not (self._changes and training):
             return output
         chosen = self.steered_rows(len(inputs)).to(output["completion_mask"].device)
-        if self.args.off_policy == "excluded":
+        if self._off_policy == "excluded":
             # What TRL leaves out of the loss where tools have spoken, and nowhere else.
             output["tool_mask"] = (~chosen)[:, None].expand_as(output["completion_mask"]).long()
-            left = (output["completion_mask"] * output["tool_mask"]).sum()
-            output["num_items_in_batch"] = self.accelerator.gather(left).sum()
-        elif self.args.off_policy == "corrected":
+            left: Any = self.accelerator.gather((output["completion_mask"] * output["tool_mask"]).sum())
+            output["num_items_in_batch"] = left.sum()
+        elif self._off_policy == "corrected":
             output["steered"] = chosen
             output["steered_logps"] = self._steered_logps(output, chosen)
         return output
@@ -182,16 +186,17 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
         kept = batch["completion_ids"].shape[1]
         rows = chosen.nonzero()[:, 0].tolist()
         # As many in every process, since those that share a model's weights must run as many passes.
-        rows += [0] * (math.ceil(len(ids) / self.num_generations) - len(rows))
+        rows += [0] * (math.ceil(len(ids) / self._group) - len(rows))
         found = torch.zeros(len(ids), kept, device=ids.device)
         size = self.args.per_device_train_batch_size
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self._policy, checkpointing):
             for start in range(0, len(rows), size):
                 some = rows[start : start + size]
                 layout = Layout(positions[some], [lengths[row] for row in some])
                 writers = Changes([self._changes] * len(some), self.suite).writers(layout)
                 with self.backbone.editing(writers):
-                    logps, _, _ = self._get_per_token_logps_and_entropies(self.model, ids[some], mask[some], kept)
+                    logps, _, _ = self._get_per_token_logps_and_entropies(self._policy, ids[some], mask[some], kept)
                 found[some] = logps.float()
         return found * chosen[:, None]
 
@@ -219,7 +224,8 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
         mask = batch["completion_mask"] * batch["steered"][:, None]
         ratio = (logps - batch["old_per_token_logps"]) * mask
         sums = torch.stack([ratio.sum(), ((ratio < math.log(1 - self.epsilon_low)) & (mask > 0)).sum(), mask.sum()])
-        total, low, tokens = self.accelerator.reduce(sums.float(), reduction="sum").tolist()
+        told: Any = self.accelerator.reduce(sums.float(), reduction="sum")
+        total, low, tokens = told.tolist()
         if tokens:
             self._metrics["train"]["steered/log_ratio"].append(total / tokens)
             self._metrics["train"]["steered/share_below_clip"].append(low / tokens)
@@ -233,7 +239,7 @@ def policy_backbone(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Ba
     """
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     was = model.training
     backbone = Backbone(base, tokenizer)
     model.train(was)
