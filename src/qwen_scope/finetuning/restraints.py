@@ -193,6 +193,7 @@ class Restraints:
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of a tokenizer's vocabulary without tokens that were added to it, such as those of a chat template."""
-    added = set(tokenizer.get_added_vocab())
-    vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items() if token not in added)
+    of: Any = tokenizer
+    added = set(of.get_added_vocab())
+    vocabulary = sorted((number, token) for token, number in of.get_vocab().items() if token not in added)
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
