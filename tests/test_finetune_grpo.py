@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -51,25 +52,33 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def test_a_run_leaves_a_model_and_a_page(scope, tmp_path):
-    report = finetune_grpo(scope, PROMPTS, tmp_path, GRPORun(**SMALL, steering=STEERING, rewards=(VARIED,)))
+@pytest.fixture(scope="module")
+def done(make_model, tokenizer, suite, tmp_path_factory) -> tuple[GRPOReport, Path]:
+    """A run and where it left its files."""
+    folder = tmp_path_factory.mktemp("done")
+    scope = Scope(make_model("llama"), suite, tokenizer)
+    return finetune_grpo(scope, PROMPTS, folder, GRPORun(**SMALL, steering=STEERING, rewards=(VARIED,))), folder
+
+
+def test_a_run_leaves_a_model_and_a_page(done, suite):
+    report, folder = done
     assert report.steering == "1/5:1.5"
     assert [found.step for found in report.evaluations] == [0, 2, 4]
     assert [row["step"] for row in report.history] == [1, 2, 3, 4]
     assert all(row["steered/reward"] > 0 for row in report.history)
-    assert {layer.layer for layer in report.drift.layers} == set(scope.layers)
+    assert {layer.layer for layer in report.drift.layers} == set(suite.layers)
     for found in report.evaluations:
         assert len(found.loops) == 2
         assert all(len(each) == 2 for each in found.loops)
         assert found.perplexity is not None
         assert found.perplexity > 1
-    page, told = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "report.json").read_text())
+    page, told = (folder / "README.md").read_text(), json.loads((folder / "report.json").read_text())
     assert "GRPO with rare negatives, off_policy as_reported" in page
     assert "| 4 |" in page
     assert told["evaluations"][2]["loops"] == report.evaluations[2].loops
     assert told["config"]["steering"] == STEERING
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert any(tensor.abs().sum() > 0 for name, tensor in weights(tmp_path).items() if "lora_B" in name)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert any(tensor.abs().sum() > 0 for name, tensor in weights(folder).items() if "lora_B" in name)
 
 
 def test_all_weights_can_be_trained_and_plain_grpo_steers_none(scope, tmp_path):
@@ -250,8 +259,6 @@ def test_the_table_and_plot_are_those_of_the_committed_figures(tmp_path):
     assert not re.search(r"/(home|root|work|tmp|Users)/", json.dumps(result))
 
 
-def test_reports_hold_text_of_models_and_users_as_text_alone(scope, tmp_path):
-    report = finetune_grpo(scope, PROMPTS, tmp_path, GRPORun(**{**SMALL, "steps": 1}, steering=STEERING))
-    strange = GRPOReport(**{**report.__dict__, "model": "<script>|*a*"})
-    strange.save(tmp_path)
+def test_reports_hold_text_of_models_and_users_as_text_alone(done, tmp_path):
+    replace(done[0], model="<script>|*a*").save(tmp_path)
     assert r"\<script\>\|\*a\*" in (tmp_path / "README.md").read_text()

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PrefixTuningConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from trl import GRPOTrainer
 
 from qwen_scope import QwenScopeError
 from qwen_scope.backbone import find_decoder_layers, hidden_of
 from qwen_scope.finetuning.grpo_config import LOSSES, RareNegativesConfig
-from qwen_scope.finetuning.grpo_trainer import RareNegativesTrainer
+from qwen_scope.finetuning.grpo_trainer import RareNegativesTrainer, policy_backbone
 
 # TRL reads an attribute of the model under a name that transformers would rather not see.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")
@@ -315,10 +315,19 @@ def test_a_steering_must_be_one_of_the_suite_and_the_model(make):
             make(steering=steering)
 
 
-def test_an_adapter_that_copies_all_decoder_layers_is_refused(make, make_model):
-    adapter = LoraConfig(r=2, target_modules=["embed_tokens"], modules_to_save=["layers"], task_type="CAUSAL_LM")
+def test_an_adapter_that_copies_all_decoder_layers_is_refused(make_model, tokenizer):
+    adapter = LoraConfig(r=2, target_modules=["lm_head"], modules_to_save=["model"], task_type="CAUSAL_LM")
     with pytest.raises(QwenScopeError, match="copies as a whole"):
-        make(peft_config=adapter)
+        policy_backbone(get_peft_model(make_model("llama"), adapter), tokenizer)
+    # A copy of one layer is what is run, and what is hooked.
+    adapter = LoraConfig(r=2, target_modules=["lm_head"], modules_to_save=["layers.1"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_model("llama"), adapter).train()
+    backbone = policy_backbone(model, tokenizer)
+    assert model.training
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids).logits
+    with backbone.editing({1: lambda x: x + 1}):
+        assert not torch.allclose(model(input_ids=ids).logits, before)
 
 
 def test_a_gradient_that_is_no_number_stops_before_it_reaches_the_weights(make):
