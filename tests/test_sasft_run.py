@@ -129,6 +129,8 @@ def test_a_run_that_was_stopped_goes_on(home, whole, tmp_path, how):
     saved = {"SIGKILL": "checkpoint-2", "SIGINT": "checkpoint-3"}[how]
     assert (tmp_path / "checkpoints" / saved).is_dir()
     assert not (tmp_path / "README.md").exists()
+    # What a kill in the midst of saving leaves.
+    (tmp_path / "checkpoints" / "checkpoint-5").mkdir()
     report = finetune_sasft(home / "samples.jsonl", tmp_path, run(home, save_every=3))
     assert [row["step"] for row in report["history"]] == [5]
     one, other = (load_file(folder / "model" / "model.safetensors") for folder in (whole, tmp_path))

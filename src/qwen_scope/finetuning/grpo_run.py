@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evaluation import SAMPLE_TEXTS
 from qwen_scope.files import expanded, replacing
+from qwen_scope.finetuning.checkpoints import last_checkpoint
 from qwen_scope.finetuning.drift import Fit, drift, fit
 from qwen_scope.finetuning.grpo_config import RareNegativesConfig
 from qwen_scope.finetuning.grpo_evaluation import Evaluation, evaluate
@@ -107,7 +108,7 @@ def finetune_grpo(
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    last = _last_checkpoint(place / "checkpoints")
+    last = last_checkpoint(place / "checkpoints")
     with stopping() as stop:
         watch = _Watch(scope, kept_back, place / "evaluations.jsonl", config, trainer, stop, last[0] if last else 0)
         trainer.add_callback(watch)
@@ -270,17 +271,6 @@ def _adapter(config: GRPORun) -> LoraConfig | None:
     return LoraConfig(
         r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-
-
-def _last_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """The last whole checkpoint: its trainer's state is written last."""
-    whole = []
-    for path in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            whole.append((int(json.loads(path.read_text(encoding="utf-8"))["global_step"]), path.parent))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return max(whole, default=None)
 
 
 class _Watch(TrainerCallback):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError, reason
 from qwen_scope.files import expanded, replacing
+from qwen_scope.finetuning.checkpoints import last_checkpoint
 from qwen_scope.finetuning.drift import Drift, Fit, drift, fit
 from qwen_scope.finetuning.evaluate import Evaluation, evaluate
 from qwen_scope.finetuning.restraints import Restraints
@@ -294,7 +295,6 @@ def _train(trainer: SASFTTrainer, stop: Stop, folder: Path) -> None:
         Stopped: somebody asked for it; progress is saved.
     """
     from transformers import TrainerCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     class Asked(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
@@ -303,8 +303,8 @@ def _train(trainer: SASFTTrainer, stop: Stop, folder: Path) -> None:
             return control
 
     trainer.add_callback(Asked())
-    checkpoints = folder / "checkpoints"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    last = last_checkpoint(folder / "checkpoints")
+    trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
     if trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(
             f"stopped after {trainer.state.global_step} of {trainer.state.max_steps} updates; the same command goes on from there"
