@@ -106,7 +106,7 @@ def test_features_are_found_where_no_steering_is_given(scope, tmp_path):
     assert sum(loop is not None for loop in looped) >= 3
     # A sample of texts does not fire every feature of a random SAE.
     scope.maxima = Maxima(lambda layer: torch.ones(128), "the test")
-    config = GRPORun(**{**SMALL, "steps": 1}, features=2, evaluate_temperature=0.0, strength=0.5)
+    config = GRPORun(**{**SMALL, "steps": 1}, features=2, strength=0.5)
     report = finetune_grpo(scope, PROMPTS, tmp_path, config)
     assert [feature.layer for feature in report.features] == [1] * len(report.features)
     assert all(feature.name in report.steering for feature in report.features)

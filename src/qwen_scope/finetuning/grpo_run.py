@@ -222,12 +222,12 @@ def _fit_before(scope: Scope, texts: list[Sample], path: Path) -> Fit:
 
 
 def _found(scope: Scope, prompts: list[Any], config: GRPORun) -> list[RepetitionFeature]:
-    sampling = Sampling(config.evaluate_tokens, config.evaluate_temperature, seed=config.seed)
-    samples = looping_samples(scope, prompts[:LOOKED_AT], sampling, most=LOOPS_WANTED)
+    # The most likely tokens always, since that is how models loop most.
+    samples = looping_samples(scope, prompts[:LOOKED_AT], Sampling(config.evaluate_tokens), most=LOOPS_WANTED)
     if len(samples) < FEWEST_LOOPS:
         raise QwenScopeError(
             f"expected at least {FEWEST_LOOPS} texts that loop, to find repetition features in, found {len(samples)} among "
-            f"{min(len(prompts), LOOKED_AT)}; lower evaluate_temperature, raise evaluate_tokens, or name a steering"
+            f"{min(len(prompts), LOOKED_AT)}; give more prompts, raise evaluate_tokens, or name a steering"
         )
     return repetition_features(scope, samples, config.feature_layer, config.features)
 

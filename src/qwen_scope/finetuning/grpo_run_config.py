@@ -60,7 +60,7 @@ class GRPORun:
     """Steps between evaluations."""
     evaluate_samples: int = 4
     """Texts of each prompt kept back, always of the same seeds."""
-    evaluate_temperature: float = 0.7
+    evaluate_temperature: float = 0.3
     """Of these; lower than that of rollouts, since that is where models loop."""
     evaluate_tokens: int = 128
     """Tokens of these at most."""
