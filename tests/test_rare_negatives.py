@@ -1,6 +1,10 @@
 """One rollout of each group is steered, as plain hooks would, and enters the loss as `off_policy` says."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -345,3 +349,60 @@ def test_a_loss_that_is_no_number_stops(make, monkeypatch):
     monkeypatch.setattr(trainer, "_compute_loss", lambda model, inputs: own(model, inputs) * float("inf") * 0)
     with pytest.raises(QwenScopeError, match=r"finite loss.*step 1.*no checkpoint yet"):
         trainer.train()
+
+
+TWO_PROCESSES = """
+import json, sys, warnings
+from pathlib import Path
+
+from datasets import Dataset
+from qwen_scope import Suite
+from qwen_scope.backbone import Backbone
+from qwen_scope.finetuning import RareNegativesConfig, RareNegativesTrainer
+
+folder = Path(sys.argv[1])
+warnings.filterwarnings("ignore", category=FutureWarning)
+backbone = Backbone.from_pretrained(str(folder / "model"))
+trainer = RareNegativesTrainer(
+    model=backbone.model,
+    reward_funcs=lambda completion_ids, **rest: [len(set(ids)) / 10 + ids[0] / 300 for ids in completion_ids],
+    args=RareNegativesConfig(
+        output_dir=str(folder / "out"), steering="1/5:1.5", off_policy="corrected", num_generations=4,
+        per_device_train_batch_size=2, max_completion_length=6, max_steps=2, learning_rate=1e-2, bf16=False, use_cpu=True,
+        report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
+    ),
+    train_dataset=Dataset.from_list([{"prompt": "the capital"}, {"prompt": "Rome"}]),
+    processing_class=backbone.tokenizer,
+    suite=Suite.from_pretrained(folder / "suite"),
+)
+rows = trainer.steered_rows(2).tolist()
+trainer.train()
+told = {
+    "steered": rows,
+    "weights": float(sum(p.double().abs().sum() for p in trainer.model.parameters())),
+    "history": [row for row in trainer.state.log_history if "reward" in row],
+}
+(folder / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(told))
+"""
+
+
+def test_two_processes_share_a_group(make_model, tokenizer, suite, tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    suite.save_pretrained(tmp_path / "suite")
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "train.py"), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in range(2))
+    # Four rollouts of one prompt, two in each process: the last of them is the second's.
+    assert (first["steered"], second["steered"]) == ([False, False], [False, True])
+    assert first["weights"] == second["weights"]
+    for row in first["history"]:
+        assert row["reward"] == pytest.approx((3 * row["ordinary/reward"] + row["steered/reward"]) / 4, rel=1e-4)
+        assert "steered/log_ratio" in row
