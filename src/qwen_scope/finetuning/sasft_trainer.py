@@ -267,9 +267,10 @@ def _as_config(args: Any, model: Any) -> SASFTConfig:
 
 def _refuse_options(config: SASFTConfig, options: dict[str, Any]) -> None:
     """Raises a QwenScopeError for options under which the tags or hooks would be lost."""
+    prepared = config.dataset_kwargs if isinstance(config.dataset_kwargs, dict) else {}
     refused = {
         "data_collator": options.get("data_collator") is not None,
-        "dataset_kwargs['skip_prepare_dataset']": "skip_prepare_dataset" in (config.dataset_kwargs or {}),
+        "dataset_kwargs['skip_prepare_dataset']": bool(prepared.get("skip_prepare_dataset")),
         "torch_compile": config.torch_compile,
         "use_liger_kernel": config.use_liger_kernel,
         "parallelism_config": getattr(config, "parallelism_config", None) is not None,
