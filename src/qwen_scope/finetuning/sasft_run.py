@@ -178,13 +178,20 @@ def _restraints(
 
 
 MANAGED = {
+    # Set by options of the run, or by the run.
     "output_dir", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length", "packing", "warmup_steps", "bf16", "fp16", "gradient_checkpointing", "save_steps", "save_strategy", "seed",
-    "reduce_weight", "token_penalty", "tag_column", "use_cpu", "report_to", "eval_strategy", "eval_steps",
-    "do_eval", "do_predict",
-    "do_train", "load_best_model_at_end", "resume_from_checkpoint", "model_init_kwargs", "push_to_hub", "disable_tqdm",
-    "dataset_kwargs", "per_device_eval_batch_size", "eval_packing", "save_only_model",
+    "gradient_accumulation_steps", "max_length", "packing", "warmup_steps", "bf16", "fp16", "gradient_checkpointing",
+    "activation_checkpointing", "save_steps", "save_strategy", "save_only_model", "seed", "use_cpu", "report_to",
+    "resume_from_checkpoint", "disable_tqdm",
+    # Would do nothing: the run evaluates by itself, tracks nothing, uploads nothing, and has loaded the model.
+    "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_packing",
+    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "per_device_eval_batch_size",
+    "prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "label_names", "model_init_kwargs",
+    "trust_remote_code", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub",
+    "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "dataset_text_field",
+    # Would lose samples' tags, or make a run that was stopped end otherwise.
+    "dataset_kwargs", "ignore_data_skip",
 }  # fmt: skip
 """Options of TRL that other options of the run set, or that would do nothing or harm in it."""
 
