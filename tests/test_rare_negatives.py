@@ -319,6 +319,20 @@ def test_a_steering_must_be_one_of_the_suite_and_the_model(make):
             make(steering=steering)
 
 
+def test_a_tokenizer_of_another_model_is_refused(make, make_model, make_tokenizer_with, suite):
+    tokenizer = make_tokenizer_with()
+    tokenizer.add_tokens([f"<more {n}>" for n in range(100)])
+    with pytest.raises(QwenScopeError, match="ids are below 320"):
+        RareNegativesTrainer(
+            make_model("llama"),
+            diverse,
+            make().args,
+            train_dataset=Dataset.from_list(INPUTS),
+            processing_class=tokenizer,
+            suite=suite,
+        )
+
+
 def test_an_adapter_that_copies_all_decoder_layers_is_refused(make_model, tokenizer):
     adapter = LoraConfig(r=2, target_modules=["lm_head"], modules_to_save=["model"], task_type="CAUSAL_LM")
     with pytest.raises(QwenScopeError, match="copies as a whole"):

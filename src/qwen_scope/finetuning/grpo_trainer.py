@@ -57,8 +57,8 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
 
     Raises:
         QwenScopeError: something that steered rollouts do not go with (tools, a rollout function, environments, images, prompt
-            tuning, an adapter around all decoder layers), a steering that the suite or model does not have, or, while training, a
-            loss or gradient that is not finite.
+            tuning, an adapter around all decoder layers), a tokenizer of another model, a steering that the suite or model does
+            not have, or, while training, a loss or gradient that is not finite.
     """
 
     _tag_names = [*GRPOTrainer._tag_names, "qwen-scope"]  # noqa: RUF012 - as TRL declares it
@@ -105,6 +105,7 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        _check_tokenizer(self.model, self._tokenizer)
         # What TRL and transformers declare is wider than what is there.
         self._policy: Any = self.model
         self._group = int(args.num_generations or 0)
@@ -250,6 +251,16 @@ def policy_backbone(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Ba
                 "(modules_to_save); name modules inside the layers instead"
             )
     return backbone
+
+
+def _check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises a QwenScopeError for a tokenizer whose tokens the model does not have."""
+    known, largest = model.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values(), default=0)
+    if largest >= known:
+        raise QwenScopeError(
+            f"expected a tokenizer whose ids are below {known}, which the model knows, found ids up to {largest}; use the "
+            "model's own tokenizer, or resize its embeddings first"
+        )
 
 
 def _refuse(model: Any, processing: Any, peft_config: Any, tools: Any, rollout_func: Any, environments: Any) -> None:
