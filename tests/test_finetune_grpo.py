@@ -249,7 +249,7 @@ def test_the_table_and_plot_are_those_of_the_committed_figures(tmp_path):
     for each in result["runs"]:
         assert each["evaluations"][-1]["step"] == steps
         assert [row["step"] for row in each["history"]] == list(range(1, steps + 1))
-        assert ("steered/reward" in each["history"][0]) == (each["arm"] != "plain")
+        assert ("steered/reward" in each["history"][0]) == (arms[each["arm"]]["steering"] != "none")
     # All begin with the same model and seeds of texts.
     assert (
         len({json.dumps(each["evaluations"][0]["loops"]) for each in result["runs"] if each["seed"] == seeds[0]}) == 1

@@ -26,14 +26,9 @@ PAGE = ROOT / "docs" / "finetuning-rl.md"
 PLOT = ROOT / "docs" / "finetuning-rl" / "repeats.png"
 MARKED = re.compile(r"(<!-- grpo -->\n).*?(<!-- /grpo -->)", re.DOTALL)
 RESAMPLES = 5000
-NAMES = {
-    "plain": "plain GRPO",
-    "steered": "steered negatives, as reported",
-    "corrected": "steered negatives, corrected",
-    "excluded": "steered negatives, excluded",
-    "random": "random features of like norm, as reported",
-}
-COLOURS = {"plain": "#0072B2", "steered": "#D55E00", "random": "#888888", "corrected": "#009E73", "excluded": "#CC79A7"}
+KEPT = ("step", "reward", "steered/reward", "ordinary/reward", "frac_reward_zero_std", "completions/mean_length")
+"""Figures of each update that are kept."""
+COLOURS = ("#D55E00", "#0072B2", "#888888", "#009E73", "#CC79A7")
 
 
 def main() -> None:
@@ -65,13 +60,17 @@ def run(specs: dict[str, Any], work: Path) -> dict[str, Any]:
     found = steerings(specs, work)
     runs = []
     for seed in specs["seeds"]:
-        for arm in specs["arms"]:
+        for arm, about in specs["arms"].items():
             folder = work / f"{arm}-{seed}"
             if not (folder / "report.json").exists():
-                kind = {"plain": "", "random": found["random"]}.get(arm, found["steering"])
-                way = arm if arm in ("corrected", "excluded") else "as_reported"
-                options = {**specs["config"], "rewards": tuple(specs["config"]["rewards"])}
-                config = GRPORun(**options, seed=seed, off_policy=way, plain=not kind, steering=kind or None)
+                kind = {"none": "", "features": found["steering"], "random": found["random"]}[about["steering"]]
+                config = GRPORun(
+                    **specs["config"],
+                    rewards=tuple(about["rewards"]),
+                    seed=seed,
+                    plain=not kind,
+                    steering=kind or None,
+                )
                 _begin_alike(folder, [work / f"{other}-{seed}" for other in specs["arms"]])
                 # Training changes the model in place, so each run begins with a new one.
                 finetune_grpo(Scope.from_pretrained(), specs["train"], folder, config, evaluate_on=specs["evaluate"])
@@ -137,7 +136,7 @@ def steerings(specs: dict[str, Any], work: Path) -> dict[str, Any]:
     return found
 
 
-def cost(specs: dict[str, Any], steering: str, rounds: int = 9, tokens: int = 48) -> dict[str, Any]:
+def cost(specs: dict[str, Any], steering: str, rounds: int = 5, tokens: int = 24) -> dict[str, Any]:
     """How long a batch of rollouts takes with one row of each group steered, over the same with none, in turns."""
     from tempfile import TemporaryDirectory
 
@@ -215,49 +214,47 @@ def interval(sample: np.ndarray, scale: float = 100.0, sign: str = "") -> str:
 def table() -> str:
     """The result as Markdown."""
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    arms = result["specs"]["arms"]
+    arms = {arm: about["name"] for arm, about in result["specs"]["arms"].items()}
     head = (
-        "%",
-        "texts that loop: before",
-        "after",
-        "each seed after",
-        "repeated 4-grams: before",
-        "after",
-        "tokens after",
-    )
+        "%", "texts that loop: before", "after", "repeated 4-grams: before", "after", "each seed after", "tokens after",
+        "perplexity before", "after",
+    )  # fmt: skip
     rows = []
-    for arm in arms:
-        seeds = [f"{100 * np.mean(run['evaluations'][-1]['loops']):.1f}" for run in result["runs"] if run["arm"] == arm]
+    for arm, name in arms.items():
+        runs = [run for run in result["runs"] if run["arm"] == arm]
         rows.append(
             [
-                NAMES[arm],
+                name,
                 interval(values(result, arm, 0, "loops")),
                 interval(values(result, arm, -1, "loops")),
-                ", ".join(seeds),
                 interval(values(result, arm, 0, "repetition")),
                 interval(values(result, arm, -1, "repetition")),
+                ", ".join(f"{100 * np.mean(run['evaluations'][-1]['repetition']):.1f}" for run in runs),
                 f"{values(result, arm, -1, 'tokens').mean():.0f}",
+                *(f"{np.mean([run['evaluations'][at]['perplexity'] for run in runs]):.2f}" for at in (0, -1)),
             ]
         )
-    lines = [head, ["---"] * len(head), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
-    more = [("difference after training, percentage points", "texts that loop", "repeated 4-grams"), ["---"] * 3]
-    for one, other in [(arm, "plain") for arm in arms if arm != "plain"] + [("steered", "random")]:
+    text = "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows)) + "\n"
+    more = [("after training, in percentage points", "texts that loop", "repeated 4-grams"), ["---"] * 3]
+    for one, other in result["specs"]["compared"]:
         cells = [
             interval(values(result, one, -1, what) - values(result, other, -1, what), sign="+")
             for what in ("loops", "repetition")
         ]
-        more.append((f"{NAMES[one]} less {NAMES[other]}", *cells))
+        more.append((f"{arms[one]}, less {arms[other]}", *cells))
     text += "".join(f"| {' | '.join(line)} |\n" for line in more) + "\n"
-    told = []
-    for arm in arms:
-        rewards = [row for run in result["runs"] if run["arm"] == arm for row in run["history"]]
-        if arm != "plain":
-            steered, ordinary = (
-                np.mean([row[f"{kind}/reward"] for row in rewards]) for kind in ("steered", "ordinary")
-            )
-            told.append(f"{NAMES[arm]} {steered:.3f} (ordinary ones {ordinary:.3f})")
-    text += f"Mean reward of steered rollouts over all updates: {'; '.join(told)}.\n\n"
+    told = [("rollouts while training", "mean reward of ordinary ones", "of steered ones", "groups that tell nothing")]
+    told.append(["---"] * 4)
+    for arm, name in arms.items():
+        history = [row for run in result["runs"] if run["arm"] == arm for row in run["history"]]
+
+        def mean(key: str, history: list[dict[str, float]] = history) -> str:
+            return f"{np.mean([row[key] for row in history]):.3f}" if key in history[0] else "–"
+
+        ordinary = mean("ordinary/reward") if "ordinary/reward" in history[0] else mean("reward")
+        silent = f"{100 * np.mean([row['frac_reward_zero_std'] for row in history]):.0f} %"
+        told.append((name, ordinary, mean("steered/reward"), silent))
+    text += "".join(f"| {' | '.join(line)} |\n" for line in told) + "\n"
     cost = result["cost"]
     text += (
         f"Generating {cost['rows']} rollouts of {cost['tokens']} tokens with one of each group steered takes "
@@ -286,15 +283,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for panel, what, name in zip(
             panels, ("loops", "repetition"), ("texts that loop (%)", "repeated 4-grams (%)"), strict=True
         ):
-            for arm in result["specs"]["arms"]:
+            for (arm, about), colour in zip(result["specs"]["arms"].items(), COLOURS, strict=True):
                 first = next(run for run in result["runs"] if run["arm"] == arm)
                 steps = [found["step"] for found in first["evaluations"]]
                 found = [bootstrap(values(result, arm, at, what), RESAMPLES, 0) for at in range(len(steps))]
                 panel.fill_between(
-                    steps, [100 * i.low for i in found], [100 * i.high for i in found], color=COLOURS[arm], alpha=0.12
+                    steps, [100 * i.low for i in found], [100 * i.high for i in found], color=colour, alpha=0.10
                 )
                 panel.plot(
-                    steps, [100 * i.mean for i in found], color=COLOURS[arm], marker="o", markersize=3, label=NAMES[arm]
+                    steps, [100 * i.mean for i in found], color=colour, marker="o", markersize=3, label=about["name"]
                 )
             panel.set_xlabel("updates")
             panel.set_ylabel(name)
