@@ -28,6 +28,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/footprints.py --folder build
 	$(BIN)/python benchmarks/pipeline.py --folder build
 	$(BIN)/python benchmarks/steer.py
+	$(BIN)/python benchmarks/sasft.py
 	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/table.py
 
@@ -46,9 +47,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer as $(PYTHON), found " + sys.version.split()[0] + "; run make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,index,server,data,evidence,app]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,index,server,data,evidence,app,finetune]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,index,server,data,evidence,app,ray,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,index,server,data,evidence,app,finetune,ray,dev]'
 	touch $@

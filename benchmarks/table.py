@@ -45,6 +45,7 @@ def tables(name: str, results: Path) -> str:
         "index": index,
         "classify": classify,
         "steer": steer,
+        "sasft": sasft,
         "serve": serve,
         "footprints": footprints,
     }
@@ -173,6 +174,17 @@ def steer(found: Found) -> str:
     )
     head = ["texts at once", "tokens per second, unsteered", *(f"`{parameters['edits'][name]}`" for name in names)]
     return f"{about}\n\n{table(head, rows)}\n\n{after}\n"
+
+
+def sasft(found: Found) -> str:
+    parameters, seconds = found["parameters"], found["seconds"]
+    low, high = found["added_quartiles"]
+    return (
+        f"Loss and gradient of {parameters['rows']} samples of {parameters['tokens']} tokens on the bundled model in float32, "
+        f"{conditions(found)} Medians of {found['rounds']} interleaved rounds. TRL's `SFTTrainer` takes "
+        f"{duration(seconds['sft'])}, `SASFTTrainer` with {len(parameters['features'])} features at two layers "
+        f"{duration(seconds[OURS])}: {found['added']:+.1%} (quartiles {low:+.1%} to {high:+.1%})."
+    )
 
 
 def serve(found: Found) -> str:

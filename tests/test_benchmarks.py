@@ -44,6 +44,7 @@ SCRIPTS = [
     "index",
     "classify",
     "steer",
+    "sasft",
     "serve",
     "footprints",
 ]
@@ -91,6 +92,7 @@ def check_structure(found: dict[str, Any]) -> None:
         "classify": check_classify,
         "pipeline": check_pipeline,
         "steer": check_steer,
+        "sasft": check_sasft,
         "serve": check_serve,
         "footprints": check_footprints,
     }
@@ -230,6 +232,13 @@ def check_steer(found: dict[str, Any]) -> None:
     check_timed(found["transformers"], {"qwen_scope", "transformers"}, parameters["rounds"])
     assert found["together"]["same_tokens"] == parameters["together"]
     assert found["transformers"]["same_tokens"]
+
+
+def check_sasft(found: dict[str, Any]) -> None:
+    check_timed(found, {"qwen_scope", "sft"}, found["parameters"]["rounds"])
+    low, high = found["added_quartiles"]
+    assert low <= found["added"] <= high
+    assert len(found["parameters"]["features"]) == 4
 
 
 def check_serve(found: dict[str, Any]) -> None:

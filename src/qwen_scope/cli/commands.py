@@ -17,6 +17,7 @@ from qwen_scope.cli.browse import Pages, Search, Show, Sql
 from qwen_scope.cli.classify import Classify
 from qwen_scope.cli.common import Layers, Source, given_texts, names_of, print_json, quiet_loading
 from qwen_scope.cli.find import Find
+from qwen_scope.cli.finetune import Finetune
 from qwen_scope.cli.harvest import Harvest
 from qwen_scope.cli.label import Label
 from qwen_scope.cli.serve import Serve
@@ -209,6 +210,7 @@ Command = (
     | Annotated[Suites, tyro.conf.subcommand("suites")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
     | Annotated[Harvest, tyro.conf.subcommand("harvest")]
     | Annotated[Label, tyro.conf.subcommand("label")]
     | Annotated[Show, tyro.conf.subcommand("show")]
