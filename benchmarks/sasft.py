@@ -75,10 +75,12 @@ def step(settings: Settings, folder: str, ours: bool) -> Callable[[], object]:
     else:
         trainer = SFTTrainer(backbone.model, SFTConfig(**options), **given)
     batch = next(iter(trainer.get_train_dataloader()))
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    backbone.model.train()
 
     def call() -> None:
         backbone.model.zero_grad(set_to_none=False)
-        trainer.training_step(backbone.model, dict(batch))
+        trainer.compute_loss(backbone.model, dict(batch), num_items_in_batch=tokens).backward()
 
     return call
 
