@@ -75,7 +75,7 @@ def compare(page: Page, address: str) -> None:
 def steer(page: Page, address: str) -> None:
     """Both texts, and what else was likely."""
     page.goto(f"{address}/{href('steer', **STEERED)}")
-    page.locator("#steer-trace h3").wait_for()
+    page.locator("#steer-trace h2").wait_for()
     page.locator("#steer-steered .qs-token").nth(5).click()
     page.locator("#steer-pinned table").first.wait_for()
     page.locator("#steer-preview").scroll_into_view_if_needed()

@@ -46,7 +46,7 @@ def create(
     suite: str | None = None,
     opening: str = "Scope.from_pretrained()",
 ) -> gr.Blocks:
-    """The page; `running` and `serve` show it.
+    """The page; `running` shows it.
 
     Args:
         scope: the model and its SAEs.

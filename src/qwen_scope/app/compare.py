@@ -237,7 +237,7 @@ def heat_html(shared: Shared, comparison: Comparison, name: str) -> str:
         maps = [
             _text_map(texts[at], of_side[at].tolist(), kept_of[at].tolist(), most, f"{heading}, {name}") for at in best
         ]
-        columns.append(f"<section><h3>{escape(heading)}</h3>{''.join(maps)}</section>")
+        columns.append(f"<section><h2>{escape(heading)}</h2>{''.join(maps)}</section>")
     return f'{shown}<div class="qs-columns">{"".join(columns)}</div>'
 
 

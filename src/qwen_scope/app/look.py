@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from gradio.themes import Default
+from gradio.themes import Base, Default
 
 HERE = Path(__file__).parent
 CAUTION = (
@@ -20,7 +20,7 @@ FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-s
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
-def theme() -> Default:
+def theme() -> Base:
     """Gradio's default theme with fonts of the visitor's own machine, so that none is fetched, and darker grey text."""
     return Default(primary_hue="indigo", font=list(FONT), font_mono=list(MONO)).set(
         # The default's greys are too faint to read on their grounds.

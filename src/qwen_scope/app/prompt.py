@@ -56,7 +56,7 @@ def build(shared: Shared) -> None:
     details = gr.HTML(elem_id="prompt-details", **tokens.listening)
     strongest = gr.HTML(elem_id="prompt-strongest", **tokens.listening)
     with gr.Accordion("The Python lines that give this", open=False):
-        lines = gr.Code(language="python", label="Python", elem_id="prompt-python")
+        lines = gr.Code(language="python", label="Python", interactive=False, elem_id="prompt-python")
     export.buttons(
         shared,
         "prompt",
@@ -190,7 +190,7 @@ def map_html(one: LayerFeatures, values: list[float], heading: str, what: str, a
         titles=[f"{what} {value:.3g}" for value in values],
         pressed=at,
     )
-    return f"<section><h3>{heading}</h3>{drawn}</section>"
+    return f"<section><h2>{heading}</h2>{drawn}</section>"
 
 
 def columns(parts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The web app on a socket: in a thread for notebooks and tests, or until it is asked to stop."""
+"""The web app on a socket, for as long as a block runs: the command's, a notebook's or a test's."""
 
 from __future__ import annotations
 

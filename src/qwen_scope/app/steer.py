@@ -93,7 +93,7 @@ def build(shared: Shared) -> None:
     pinned = gr.HTML(elem_id="steer-pinned")
     traced = gr.HTML(elem_id="steer-trace")
     with gr.Accordion("The Python lines that give this", open=False):
-        lines = gr.Code(language="python", label="Python", elem_id="steer-python")
+        lines = gr.Code(language="python", label="Python", interactive=False, elem_id="steer-python")
     export.buttons(
         shared,
         "steer",

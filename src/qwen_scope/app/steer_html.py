@@ -43,7 +43,7 @@ def positions_html(read: TokenizedText, steering: Steering) -> str:
     said = f"{steered} of {len(read)} tokens of the prompt are steered; what is generated is " + (
         f"steered by {', '.join(after)}." if after else "not."
     )
-    return f"<section><h3>What is steered</h3>{drawn}{tokens.note(said)}</section>"
+    return f"<section><h2>What is steered</h2>{drawn}{tokens.note(said)}</section>"
 
 
 def edits_html(shared: Shared, steering: Steering) -> str:
@@ -86,7 +86,7 @@ def both_html(found: SideBySide, pinned: tuple[str, int] | None) -> str:
     """Both texts beside each other, each token the stronger the less likely it was."""
     side, at = pinned or ("", -1)
     parts = [
-        f'<section id="steer-{name}"><h3>{title}</h3>{_text(text, name, at if name == side else None)}</section>'
+        f'<section id="steer-{name}"><h2>{title}</h2>{_text(text, name, at if name == side else None)}</section>'
         for name, title, text in (
             ("original", "Original", found.original),
             ("steered", "Steered", found.steered),
@@ -132,4 +132,4 @@ def pinned_html(found: SideBySide, at: int) -> str:
 def trace_html(found: SideBySide) -> str:
     """What the steering did, in the library's own words."""
     lines = str(found.steered.trace).splitlines()
-    return "<section><h3>What the steering did</h3>" + "".join(map(tokens.note, lines)) + "</section>"
+    return "<section><h2>What the steering did</h2>" + "".join(map(tokens.note, lines)) + "</section>"

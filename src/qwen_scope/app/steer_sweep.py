@@ -62,7 +62,7 @@ def build(shared: Shared, steering: gr.Textbox, read_as: gr.Radio) -> None:
             stop = gr.Button("Stop the sweep", elem_id="sweep-stop", scale=1, min_width=80)
         shown = gr.HTML(elem_id="sweep-report")
         with gr.Accordion("The Python lines that give this", open=False):
-            lines = gr.Code(language="python", label="Python", elem_id="sweep-python")
+            lines = gr.Code(language="python", label="Python", interactive=False, elem_id="sweep-python")
         export.buttons(
             shared,
             "sweep",
@@ -194,7 +194,7 @@ def report_html(report: SweepReport) -> str:
     ]
     head = ["Arm", "Strength", "Effect", "Interval", "Perplexity", "Coherent"]
     return (
-        f'<h3 id="sweep-verdict">Verdict: {report.verdict}</h3>{"".join(map(tokens.note, str(report).splitlines()))}'
+        f'<h2 id="sweep-verdict">Verdict: {report.verdict}</h2>{"".join(map(tokens.note, str(report).splitlines()))}'
         f"{picture(report)}{tokens.table('Every strength', head, points, numbers=[1, 2, 3, 4])}"
         f"{tokens.table('Texts', ['Arm', 'Strength', 'Text'], texts, numbers=[1])}"
     )

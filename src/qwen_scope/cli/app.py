@@ -68,6 +68,9 @@ def show(
     # What is wrong with it should be known before a model is loaded.
     config.password()
     scope, index = opened()
+    if index is not None:
+        # So that the first visitor does not wait for SAEs to load. A suite without an index may be too large to load unasked.
+        scope.features("The first text takes longer.", errors=True)
     with running(scope, index, config, model=model, suite=suite, opening=opening) as address:
         print(
             f"{model_name(scope.backbone, scope.suite)} through {scope.suite.name}: open {address} in a browser (Ctrl-C ends it)",
