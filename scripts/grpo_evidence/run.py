@@ -10,6 +10,7 @@ Each run keeps its checkpoints and report in build/grpo_evidence: after a stop o
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import process_time
@@ -239,8 +240,10 @@ def table() -> str:
         ]
         more.append((f"{arms[one]}, less {arms[other]}", *cells))
     text += "".join(f"| {' | '.join(line)} |\n" for line in more) + "\n"
-    told = [("rollouts while training", "mean reward of ordinary ones", "of steered ones", "groups that tell nothing")]
-    told.append(["---"] * 4)
+    told: list[Sequence[str]] = [
+        ("rollouts while training", "mean reward of ordinary ones", "of steered ones", "groups that tell nothing"),
+        ["---"] * 4,
+    ]
     for arm, name in arms.items():
         history = [row for run in result["runs"] if run["arm"] == arm for row in run["history"]]
 
