@@ -8,9 +8,12 @@ import pytest
 from app_browser import HOSTILE, serious, tab
 from playwright.sync_api import Page, expect
 
-from qwen_scope import QwenScopeError
+from qwen_scope import QwenScopeError, Scope
+from qwen_scope.app import compare as compare_tab
 from qwen_scope.app import uploads
 from qwen_scope.app.config import AppConfig
+from qwen_scope.app.link import Link
+from qwen_scope.app.shared import Shared
 
 ENGLISH, FRENCH = "The old bridge is closed until winter.", "Le vieux pont est fermé jusqu'à l'hiver."
 
@@ -159,6 +162,15 @@ def test_a_reload_restores_the_comparison(app, visit):
 
 
 # Texts that are typed or uploaded, without a browser
+
+
+def test_a_chat_alone_stays_one_text_in_the_python_lines(app, monkeypatch, capsys):
+    chat = [{"role": "user", "content": "Hello there, old friend"}]
+    shared = Shared(app.scope, app.index, AppConfig(), Link())
+    code = compare_tab.python_lines(shared, [[chat], ["Hello there"]], {"top": 2})
+    monkeypatch.setattr(Scope, "from_pretrained", lambda: app.scope)
+    exec(code, {})
+    assert capsys.readouterr().out == f"{app.scope.compare([chat], 'Hello there', top=2)}\n"
 
 
 def test_lines_are_texts():

@@ -118,7 +118,13 @@ def test_steer_with_this_carries_the_feature_to_the_other_tab(visit):
     page = visit(f"#tab=features&feature={NAME}&run=1")
     page.get_by_role("link", name=f"Steer with {NAME}").click()
     expect(page.get_by_role("tab", name="Steer", exact=True)).to_have_attribute("aria-selected", "true")
-    expect(page.locator("#steer-steering textarea, #steer-steering input").first).to_have_value(f"{NAME}:0.8x")
+    box = page.locator("#steer-steering textarea, #steer-steering input").first
+    expect(box).to_have_value(f"{NAME}:0.8x")
+    # Once more, though the address says so already.
+    box.fill("")
+    tab(page, "Features")
+    page.get_by_role("link", name=f"Steer with {NAME}").click()
+    expect(box).to_have_value(f"{NAME}:0.8x")
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,12 @@ def test_a_link_sets_what_it_names_and_nothing_else():
     def built() -> Link:
         with gr.Blocks():
             text, count, ticked = gr.Textbox(), gr.Slider(1, 5, value=2, step=1), gr.Checkbox()
+            free = gr.Number(precision=0)
             layers = gr.CheckboxGroup([("7", 7), ("15", 15)])
             kind, button, other = gr.Radio(["a", "b"]), gr.Button(), gr.Textbox()
             link = Link()
             link.keep("one", button, {"text": text, "n": count, "ticked": ticked, "layers": layers, "kind": kind})
-            link.keep("two", button, {"text": other})
+            link.keep("two", button, {"text": other, "free": free})
             return link
 
     link = in_event_loop(built)
@@ -56,15 +57,20 @@ def test_a_link_sets_what_it_names_and_nothing_else():
         tab, *rest = link.restored(address)
         return [getattr(tab, "selected", None), *(None if each == skipped else each["value"] for each in rest)]
 
-    nothing = [None] * 7
+    nothing = [None] * 8
     assert values("") == values("#") == values("#tab=nowhere&text=x") == nothing
     assert values(href("one", text=HOSTILE, n=3, ticked=True, layers=[15], kind="b")) == [
-        "one", HOSTILE, 3, True, [15], "b", None,
+        "one", HOSTILE, 3, True, [15], "b", None, None,
     ]  # fmt: skip
-    assert values(href("two", text="5")) == ["two", *[None] * 5, "5"]
+    assert values(href("two", text="5")) == ["two", *[None] * 5, "5", None]
     # What cannot be is passed over.
-    assert values("#tab=one&n=9&ticked=2&layers=[8]&kind=c") == ["one", *[None] * 6]
-    assert values("#tab=one&n=x&ticked=&layers=[[&n=true") == ["one", *[None] * 6]
+    assert values("#tab=one&n=9&ticked=2&layers=[8]&kind=c") == ["one", *[None] * 7]
+    assert values("#tab=one&n=x&ticked=&layers=[[&n=true") == ["one", *[None] * 7]
+    for endless in ("NaN", "Infinity", "-1e999", "9" * 400):
+        assert values(f"#tab=one&n={endless}") == ["one", *[None] * 7]
+        assert values(f"#tab=two&free={endless}") == ["two", *[None] * 7]
+    # An emptied box is not one that was left as it was.
+    assert values("#tab=one&text=") == ["one", "", *[None] * 6]
     assert values("#" + "&".join(["a=1"] * 1000)) == nothing
 
 
@@ -149,8 +155,51 @@ def test_foreign_names_of_this_machine_are_refused():
     from starlette.testclient import TestClient
 
     inner = Starlette(routes=[Route("/", lambda request: PlainTextResponse("here"))])
-    for local, host, status in ((True, "127.0.0.1:9", 200), (True, "evil.example", 400), (False, "evil.example", 200)):
+    for local, host, status in (
+        (True, "127.0.0.1:9", 200),
+        (True, "127.0.0.2", 200),
+        (True, "[::1]:9", 200),
+        (True, "evil.example", 400),
+        (True, "[", 400),
+        (False, "evil.example", 200),
+    ):
         answer = TestClient(Headers(inner, local)).get("/", headers={"Host": host})
         assert answer.status_code == status
         if status == 200:
             assert re.match("default-src 'self'", answer.headers["content-security-policy"])
+
+
+def test_pages_of_other_sites_may_link_here_but_ask_nothing():
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    inner = Starlette(routes=[Route("/", lambda request: PlainTextResponse("here"), methods=["GET", "POST"])])
+    client = TestClient(Headers(inner, local=False))
+    for method, site, mode, status in (
+        ("GET", "cross-site", "navigate", 200),
+        ("GET", "cross-site", "cors", 403),
+        ("POST", "cross-site", "no-cors", 403),
+        ("POST", "cross-site", "navigate", 403),
+        ("POST", "same-origin", "cors", 200),
+        ("GET", "none", "navigate", 200),
+    ):
+        given = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": mode}
+        assert client.request(method, "/", headers=given).status_code == status
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1"])
+def test_other_addresses_of_this_machine_are_listened_on(host, llama, suite, tokenizer):
+    from urllib.request import urlopen
+
+    from qwen_scope import Scope
+    from qwen_scope.app.serve import free_port, running
+
+    try:
+        free_port(host)
+    except OSError:
+        pytest.skip(f"this machine has no address {host}")
+    with running(Scope(llama, suite, tokenizer), None, AppConfig(host=host, port=0)) as address:
+        assert (f"[{host}]" if ":" in host else host) in address
+        assert b"Qwen-Scope" in urlopen(address).read()

@@ -7,10 +7,15 @@ from math import exp
 
 import pytest
 from app_browser import HOSTILE, closed, opened, tab
+from index_maker import write_index
 from playwright.sync_api import Page, expect
 
-from qwen_scope import Sampling, Steering
-from qwen_scope.app.link import href
+from qwen_scope import QwenScopeError, Sampling, Scope, Steering
+from qwen_scope.app import steer, uploads
+from qwen_scope.app.config import AppConfig
+from qwen_scope.app.link import Link, href
+from qwen_scope.app.shared import Shared
+from qwen_scope.app.steer_html import positions_html
 from qwen_scope.app.tokens import shown
 from qwen_scope.evidence import SweepConfig, sweep
 
@@ -181,6 +186,40 @@ def test_a_sweep_ends_when_nobody_waits_for_it(app, chromium, how):
         closed(page)
 
 
+@pytest.mark.parametrize(
+    ("box", "asked", "told"),
+    [
+        ("Prompts, one a line (four or more)", "word " * 1100 + "\na\nb\nc", "expected texts of at most 1024 tokens"),
+        ("What one would ask for instead (may be left out)", "word " * 1100, "expected texts of at most 1024 tokens"),
+        ("Namely", "word, " * 1100, "expected texts of at most 1024 tokens"),
+    ],
+)
+def test_a_sweep_keeps_to_the_limits(visit, box, asked, told):
+    page = visit(href("steer", run=False, steering="7/905:1x"))
+    tab(page, "Steer")
+    page.get_by_role("button", name="Sweep over strengths").click()
+    page.get_by_label("Namely").fill("the")
+    page.get_by_label(box, exact=True).fill(asked)
+    page.locator("#run-sweep").click()
+    expect(page.get_by_text(told)).to_be_visible()
+
+
+def test_no_edits_are_restored_as_none_and_an_empty_seed_is_0(visit, app):
+    page = visit(href("steer", run=False, **SHORT))
+    expect(page.get_by_label("Steering: edits, one a line")).to_have_value(STEERING)
+    page.get_by_label("Steering: edits, one a line").fill("")
+    page.get_by_role("button", name="How tokens are drawn").click()
+    page.get_by_label("Seed", exact=True).fill("")
+    page.locator("#run-steer").click()
+    generated(page)
+    expected = [shown(t.text) for t in app.scope.generate(PROMPT, None, Sampling(6, 0.7)).tokens]
+    assert texts(page, "original") == texts(page, "steered") == expected
+    page.reload()
+    generated(page)
+    expect(page.get_by_label("Steering: edits, one a line")).to_have_value("")
+    assert texts(page, "steered") == expected
+
+
 def test_the_python_lines_give_the_same(visit, app):
     page = visit(href("steer", **SHORT))
     generated(page)
@@ -190,3 +229,42 @@ def test_the_python_lines_give_the_same(visit, app):
     exec(waiting.value.path().read_text(), names)
     both = app.scope.side_by_side(PROMPT, STEERING, SAMPLING)
     assert names["both"].to_dict() == both.to_dict()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Without a browser
+
+
+def test_a_long_list_of_positions_is_not_repeated_at_each_of_them(app):
+    positions = ",".join(["0-199"] * 3000)
+    read = app.scope.features("word " * 200, layers=7).tokenized
+    html = positions_html(read, uploads.steering_of(" ".join([f"7/905:1@{positions}", *["7/905:1"] * 9])))
+    assert len(html) < 200_000
+    assert "7/905:1, 7/905:1, 7/905:1, 7/905:1 and 6 more" in html
+    with pytest.raises(QwenScopeError, match="at most 20,000 characters"):
+        uploads.steering_of(f"7/905:1@{positions},{positions}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("x.json", "{", "found no JSON"),
+        ("x.json", "{}", "expected a steering recipe at x.json"),
+        ("x.txt", "{}", "expected a file of .json, found x.txt"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_a_sentence_without_a_folder(app, tmp_path, name, content, told):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(QwenScopeError, match=told) as error:
+        steer.recipe_in(tmp_path / name, Shared(app.scope, app.index, AppConfig(), Link()))
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_the_python_lines_name_an_index_that_strengths_count_in(llama, suite, tokenizer, tmp_path, app):
+    index = write_index(tmp_path / "words")
+    scope = Scope(llama, suite, tokenizer)
+    shared = Shared(scope, index, AppConfig(), Link())
+    scope.maxima = index.maxima
+    assert "scope.maxima = FeatureIndex.open('words').maxima\n" in steer.python(
+        shared, "a", None, Steering.of("1/4:1x"), SAMPLING
+    )
+    assert Shared(app.scope, app.index, AppConfig(), Link()).units == ""

@@ -89,7 +89,7 @@ def load(file: str, config: AppConfig) -> Rule | Evaluation:
     try:
         found = Rule.load(path) if is_rule else Evaluation.load(path)
     except QwenScopeError as error:
-        raise QwenScopeError(str(error).replace(str(path), path.name)) from error
+        raise QwenScopeError(uploads.without_folder(str(error), path)) from error
     size = len(found.terms) if isinstance(found, Rule) else len(found.outcomes)
     if size > MOST_METHODS:
         raise QwenScopeError(

@@ -267,7 +267,8 @@ def csv_of(shared: Shared, comparison: Comparison) -> str:
 
 def python_lines(shared: Shared, groups: list[list[Document]], options: dict[str, Any]) -> str:
     """The lines that give a comparison."""
-    first, second = (repr(group[0] if len(group) == 1 else group) for group in groups)
+    # One chat alone is a list too, and would be taken for several texts.
+    first, second = (repr(group[0] if len(group) == 1 and isinstance(group[0], str) else group) for group in groups)
     given = "".join(f"    {name}={value!r},\n" for name, value in options.items())
     return (
         f"from qwen_scope import Scope\n\nscope = {shared.opening}\nfirst = {first}\nsecond = {second}\n"

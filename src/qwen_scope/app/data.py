@@ -231,7 +231,7 @@ def python_lines(shared: Shared, names: dict[str, str], layer: int, position: Po
         "",
         "",
         "def lines(file):",
-        '    return [line for line in Path(file).read_text(encoding="utf-8").split("\\n") if line.strip()]',
+        '    return [line for line in Path(file).read_text(encoding="utf-8-sig").split("\\n") if line.strip()]',
         "",
         "",
         f"scope = {shared.opening}",

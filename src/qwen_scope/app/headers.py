@@ -9,6 +9,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen_scope.server.config import is_local
+
 POLICY = "; ".join(
     (
         "default-src 'self'",
@@ -25,7 +27,7 @@ POLICY = "; ".join(
 
 
 class Headers:
-    """Adds headers that keep the page to itself; refuses foreign names for this machine.
+    """Adds headers that keep the page to itself; refuses foreign names for this machine, and what the pages of other sites ask.
 
     Args:
         app: what answers.
@@ -41,7 +43,16 @@ class Headers:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if self.local and not _known(Given(scope=scope).get("host", "")):
+        given = Given(scope=scope)
+        # Links lead here from anywhere; but Gradio lets any site's scripts read from a host that is not called localhost.
+        link = scope["method"] == "GET" and given.get("sec-fetch-mode") == "navigate"
+        if given.get("sec-fetch-site") == "cross-site" and not link:
+            refusal = PlainTextResponse(
+                "expected a request of this page, found one of another site; open this one\n", 403
+            )
+            await refusal(scope, receive, send)
+            return
+        if self.local and not _known(given.get("host", "")):
             refusal = PlainTextResponse(
                 "expected a Host of this machine, found another; open 127.0.0.1 or localhost\n", 400
             )
@@ -61,7 +72,6 @@ class Headers:
 
 def _known(host: str) -> bool:
     try:
-        name = urlsplit(f"//{host}").hostname
+        return is_local(urlsplit(f"//{host}").hostname or "")
     except ValueError:
         return False
-    return name in {"127.0.0.1", "localhost", "::1"}

@@ -19,6 +19,8 @@ from gradio.events import Dependency
 
 MOST_FIELDS = 64
 """Values in a link that are read."""
+MOST = 2**53
+"""The largest number that a link can give: larger integers are none to a browser."""
 
 
 def href(tab: str, *, run: bool = True, **values: Any) -> str:
@@ -107,7 +109,8 @@ def _value(component: Component, text: str) -> Any:
     if isinstance(component, gr.Checkbox):
         return value if isinstance(value, bool) else None
     if isinstance(component, gr.Slider | gr.Number):
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        # So that no NaN and nothing endless comes in: JSON as Python reads it has both.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
             return None
         low, high = component.minimum, component.maximum
         return None if (low is not None and value < low) or (high is not None and value > high) else value

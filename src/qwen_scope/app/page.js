@@ -3,7 +3,7 @@ window.qsRemember = (tab, names, values) => {
   const link = new URLSearchParams({tab});
   names.forEach((name, at) => {
     const value = values[at];
-    if (value === null || value === undefined || value === "") return;
+    if (value === null || value === undefined) return;
     link.set(name, typeof value === "string" ? value : JSON.stringify(value));
   });
   link.set("run", "1");
@@ -24,6 +24,11 @@ window.qsRun = () => {
   setTimeout(press, 50);
 };
 window.addEventListener("hashchange", () => document.getElementById("follow-link")?.click());
+// A link that stands in the address already changes nothing there, and is followed all the same.
+document.addEventListener("click", event => {
+  const link = event.target.closest?.("a[href^='#tab=']");
+  if (link && link.hash === window.location.hash) document.getElementById("follow-link")?.click();
+});
 
 window.qsSave = packed => {
   const file = JSON.parse(packed);

@@ -47,7 +47,8 @@ def running(
         check_free(config.host, port)
         _, address, _ = in_event_loop(
             lambda: page.launch(
-                server_name=config.host,
+                # In an address, colons of IPv6 stand in brackets.
+                server_name=f"[{config.host}]" if ":" in config.host else config.host,
                 server_port=port,
                 share=False,
                 inbrowser=False,

@@ -58,6 +58,17 @@ class Shared:
         return Names(self.index)
 
     @property
+    def units(self) -> str:
+        """The Python lines after which strengths such as `2x` count as here, where the scope that was opened counts otherwise."""
+        from qwen_scope.index.feature_index import bundled_folder
+
+        if self.index is None or self.index.folder == bundled_folder() or self.scope.maxima is not self.index.maxima:
+            return ""
+        # The rest of the path is this machine's affair.
+        folder = self.index.folder.name
+        return f"from qwen_scope.index import FeatureIndex\n\nscope.maxima = FeatureIndex.open({folder!r}).maxima\n"
+
+    @property
     def running(self) -> dict[str, Any]:
         """What events that run the model are given: `button.click(…, **shared.running)`."""
         return {"concurrency_limit": self.config.at_once, "concurrency_id": "model", "api_visibility": "private"}

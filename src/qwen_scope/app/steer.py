@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from qwen_scope.app import export, steer_sweep, tokens
+from qwen_scope.app import export, steer_sweep, tokens, uploads
 from qwen_scope.app.shared import Shared, in_words
 from qwen_scope.app.steer_html import both_html, edits_html, pinned_html, positions_html, trace_html
 from qwen_scope.errors import QwenScopeError
@@ -115,15 +115,15 @@ def build(shared: Shared) -> None:
         temperature: int | float,
         top_p: int | float,
         top_k: int | float,
-        seed: int | float,
+        seed: int | float | None,
     ) -> Iterator[Any]:
         inputs, thinking = as_inputs(prompt, read_as)
         tokenize(inputs, scope.backbone.tokenizer, thinking=thinking, reply=True, most=shared.config.max_tokens)
         if length > most:
             raise QwenScopeError(f"expected at most {most} tokens to generate, found {length:g}; ask for fewer")
-        sampling = Sampling(int(length), temperature, top_p, int(top_k), int(seed), candidates=CANDIDATES)
-        wanted = Steering.of(steering)
-        written = python(shared.opening, inputs, thinking, wanted, sampling)
+        sampling = Sampling(int(length), temperature, top_p, int(top_k), int(seed or 0), candidates=CANDIDATES)
+        wanted = uploads.steering_of(steering)
+        written = python(shared, inputs, thinking, wanted, sampling)
         told, found = 0.0, None
         for found in scope.stream_side_by_side(inputs, wanted, sampling, thinking=thinking):
             if time.monotonic() - told > EVERY and found.steered.trace is None:
@@ -143,7 +143,7 @@ def build(shared: Shared) -> None:
         # While somebody types, what is wrong yet is a note and no alarm.
         try:
             inputs, thinking = as_inputs(prompt, read_as)
-            wanted = Steering.of(steering)
+            wanted = uploads.steering_of(steering)
             if not prompt:
                 return tokens.note("Type a prompt to see which of its tokens are steered.")
             read = tokenize(
@@ -159,7 +159,7 @@ def build(shared: Shared) -> None:
         amount = custom.strip() if preset == CUSTOM else preset
         edit = Edit.parse(f"{layer}/{number}:{amount}@{where}")
         text = "\n".join([*steering.split(), str(edit)])
-        scope.changes(replace_all(Steering.of(text)))
+        scope.changes(replace_all(uploads.steering_of(text)))
         return text, ""
 
     inputs = [prompt, read_as, steering, length, temperature, top_p, top_k, seed]
@@ -168,15 +168,8 @@ def build(shared: Shared) -> None:
     )
     stop.click(None, None, None, cancels=[run], queue=False, api_visibility="private")
     both.click(pressed, [result], [both, pinned], **shared.looking)
-    gr.on(
-        [prompt.change, read_as.change, steering.change],
-        seen,
-        [prompt, read_as, steering],
-        [preview],
-        trigger_mode="always_last",
-        **shared.looking,
-    )
-    gr.on(None, seen, [prompt, read_as, steering], [preview], **shared.looking)
+    # When the page opens, and whenever one of them changes.
+    gr.on(None, seen, [prompt, read_as, steering], [preview], trigger_mode="always_last", **shared.looking)
     add.click(added, [steering, feature, preset, custom, where], [steering, feature], **shared.looking)
     names = ["prompt", "as", "steering", "tokens", "temperature", "top_p", "top_k", "seed"]
     shared.link.keep("steer", button, dict(zip(names, inputs, strict=True)))
@@ -229,12 +222,12 @@ def as_csv(found: SideBySide) -> str:
     return export.to_csv(["text", "position", "rank", "token", "probability"], rows)
 
 
-def python(opening: str, inputs: Any, thinking: bool | None, steering: Steering, sampling: Sampling) -> str:
+def python(shared: Shared, inputs: Any, thinking: bool | None, steering: Steering, sampling: Sampling) -> str:
     """The lines that give the same texts."""
     more = "" if thinking is None else f", thinking={thinking}"
     return (
         "from qwen_scope import Sampling, Scope\n\n"
-        f"scope = {opening}\n"
+        f"scope = {shared.opening}\n{shared.units}"
         f"sampling = Sampling(max_new_tokens={sampling.max_new_tokens}, temperature={sampling.temperature}, "
         f"top_p={sampling.top_p}, top_k={sampling.top_k}, seed={sampling.seed}, candidates={sampling.candidates})\n"
         f"both = scope.side_by_side({inputs!r}, {str(steering)!r}, sampling{more})\n"
@@ -272,7 +265,7 @@ def _recipes(shared: Shared, steering: gr.Textbox) -> None:
     def remember(recipes: Any, name: str, steering: str) -> Any:
         if not name.strip():
             raise QwenScopeError("expected a name for the recipe, found none; type one")
-        return {**_strings(recipes), name.strip()[:80]: str(Steering.of(steering))}
+        return {**_strings(recipes), name.strip()[:80]: str(uploads.steering_of(steering))}
 
     def forgotten(recipes: Any, name: str | None) -> Any:
         return {key: text for key, text in _strings(recipes).items() if key != name}
@@ -282,7 +275,7 @@ def _recipes(shared: Shared, steering: gr.Textbox) -> None:
 
     @in_words
     def read(path: str) -> str:
-        return "\n".join(str(Steering.of(Path(path), shared.scope.suite.name)).split())
+        return "\n".join(recipe_in(Path(path), shared).split())
 
     gr.on(None, listed, [kept], [chosen], **shared.looking)
     keep.click(remember, [kept, name, steering], [kept], **shared.looking)
@@ -291,11 +284,24 @@ def _recipes(shared: Shared, steering: gr.Textbox) -> None:
     opened.upload(read, [opened], [steering], **shared.looking)
 
 
+def recipe_in(file: Path, shared: Shared) -> str:
+    """The steering of a recipe that was uploaded.
+
+    Raises:
+        QwenScopeError: another file, or a recipe for another suite.
+    """
+    uploads.check_file(file, [".json"], shared.config)
+    try:
+        return str(Steering.of(file, shared.scope.suite.name))
+    except QwenScopeError as error:
+        raise QwenScopeError(uploads.without_folder(str(error), file)) from error
+
+
 def recipe(scope: Scope, steering: str, note: str) -> bytes:
     """The content of the file that `Scope.save_steering` writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steering.json"
-        scope.save_steering(path, steering, note)
+        scope.save_steering(path, uploads.steering_of(steering), note)
         return path.read_bytes()
 
 

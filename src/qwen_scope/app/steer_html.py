@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html import escape
 from math import exp
 
@@ -11,8 +12,11 @@ from qwen_scope.app import tokens
 from qwen_scope.app.shared import Shared
 from qwen_scope.generation import Generation
 from qwen_scope.scope import SideBySide
-from qwen_scope.steering import Edit, Steering
+from qwen_scope.steering import Edit, Steering, Where
 from qwen_scope.tokens import TokenizedText
+
+NAMED = 4
+"""Edits that are named at each token of a prompt, at most."""
 
 
 def positions_html(read: TokenizedText, steering: Steering) -> str:
@@ -26,14 +30,15 @@ def positions_html(read: TokenizedText, steering: Steering) -> str:
     for edit in steering.edits:
         edit.where.check(len(read))
         for at in edit.where.mask(places, len(read)).nonzero()[:, 0].tolist():
-            by[at].append(str(edit))
+            # Without its positions, a list as long as anybody likes, at each of them.
+            by[at].append(str(replace(edit, where=Where())))
     most = max(map(len, by), default=0) or 1
     drawn = tokens.heat_map(
         read.tokens,
         [len(edits) / most for edits in by],
         label="Tokens of the prompt, those steered underlined",
         titles=[
-            f"position {at}, {'steered by ' + ', '.join(edits) if edits else 'not steered'}"
+            f"position {at}, {'steered by ' + _listed(edits) if edits else 'not steered'}"
             for at, edits in enumerate(by)
         ],
         marked=[at for at, edits in enumerate(by) if edits],
@@ -44,6 +49,11 @@ def positions_html(read: TokenizedText, steering: Steering) -> str:
         f"steered by {', '.join(after)}." if after else "not."
     )
     return f"<section><h2>What is steered</h2>{drawn}{tokens.note(said)}</section>"
+
+
+def _listed(edits: list[str]) -> str:
+    more = f" and {len(edits) - NAMED} more" if len(edits) > NAMED else ""
+    return ", ".join(edits[:NAMED]) + more
 
 
 def edits_html(shared: Shared, steering: Steering) -> str:

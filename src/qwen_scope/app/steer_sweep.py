@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from qwen_scope.app import export, tokens
+from qwen_scope.app import export, tokens, uploads
 from qwen_scope.app.shared import Shared, in_words
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evidence import SweepConfig, SweepReport, sweep
@@ -108,9 +108,12 @@ def build(shared: Shared, steering: gr.Textbox, read_as: gr.Radio) -> None:
                 f"expected a sweep of at most {shared.config.max_sweep_texts} texts, found {many}; take fewer prompts, "
                 "strengths or random features"
             )
+        # What one would ask for stands before a prompt.
+        for text in (what, *(f"{config.instruction} {text}" for text in texts)):
+            uploads.check_text(shared.scope, text, shared.config)
         inputs: list[Any] = texts if read_as == "text" else [[{"role": "user", "content": text}] for text in texts]
-        wanted, effect = Steering.of(steering), f"{kind}:{what.strip()}"
-        written = python(shared.opening, wanted, inputs, effect, config)
+        wanted, effect = uploads.steering_of(steering), f"{kind}:{what.strip()}"
+        written = python(shared, wanted, inputs, effect, config)
         progress(0, desc="Beginning")
         for news in watched(shared, wanted, inputs, effect, config):
             if isinstance(news, SweepReport):
@@ -236,11 +239,11 @@ def as_csv(report: SweepReport) -> str:
     return export.to_csv(columns, rows)
 
 
-def python(opening: str, steering: Steering, prompts: list[Any], effect: str, config: SweepConfig) -> str:
+def python(shared: Shared, steering: Steering, prompts: list[Any], effect: str, config: SweepConfig) -> str:
     """The lines that give the same report."""
     return (
         "from qwen_scope import Scope\nfrom qwen_scope.evidence import SweepConfig, sweep\n\n"
-        f"scope = {opening}\n"
+        f"scope = {shared.opening}\n{shared.units}"
         f"config = SweepConfig(\n    strengths={config.strengths!r},\n    instruction={config.instruction!r},\n"
         f"    random_features={config.random_features},\n    max_new_tokens={config.max_new_tokens},\n)\n"
         f"report = sweep(scope, {str(steering)!r}, {prompts!r}, {effect!r}, config)\nprint(report)\n"

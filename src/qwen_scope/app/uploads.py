@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qwen_scope.app.config import AppConfig
 from qwen_scope.data.items import Items, read_items
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.steering import Steering
 from qwen_scope.tokens import tokenize
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ KINDS = [".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"]
 """Endings of files with texts."""
 LINES = (".txt",)
 """Those of files with one text a line."""
+LONGEST_STEERING = 20_000
+"""Characters of a steering that is typed: lists of positions have no other limit."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,9 @@ def read_file(
         items = read_items(path, column=column, template=template, count=count, broken=left_out.append)
     except QwenScopeError as error:
         reason = f"; the first row left out: {left_out[0]}" if left_out else ""
-        raise QwenScopeError(_without_folder(f"{error}{reason}", path)) from error
-    places = [_without_folder(place, path) for place in items.places]
-    return Texts(Items(items.texts, items.labels, places), [_without_folder(told, path) for told in left_out])
+        raise QwenScopeError(without_folder(f"{error}{reason}", path)) from error
+    places = [without_folder(place, path) for place in items.places]
+    return Texts(Items(items.texts, items.labels, places), [without_folder(told, path) for told in left_out])
 
 
 def check_file(path: Path, kinds: Sequence[str], config: AppConfig) -> None:
@@ -146,10 +149,24 @@ def check_text(scope: Scope, text: str, config: AppConfig) -> None:
     within_limits(scope, Items([text], None, ["the one given"]), config, most_tokens=config.max_tokens)
 
 
-def _first(items: Items, count: int | None) -> Items:
-    return Items(items.texts[:count], None, items.places[:count])
+def steering_of(text: str) -> Steering:
+    """A steering as it was typed.
+
+    Raises:
+        QwenScopeError: something else, or a longer one than may be.
+    """
+    if len(text) > LONGEST_STEERING:
+        raise QwenScopeError(
+            f"expected a steering of at most {LONGEST_STEERING:,} characters, found {len(text):,}; give fewer edits, or ranges "
+            "of positions"
+        )
+    return Steering.of(text)
 
 
-def _without_folder(text: str, path: Path) -> str:
+def without_folder(text: str, path: Path) -> str:
     """A sentence that names a file, without the folder, which is this machine's affair, and without the terminal's options."""
     return text.replace(str(path), path.name).replace(" with --column (column= in Python)", "")
+
+
+def _first(items: Items, count: int | None) -> Items:
+    return Items(items.texts[:count], None, items.places[:count])

@@ -73,10 +73,10 @@ class CardApp:
             raise QwenScopeError(
                 f"expected --d-model {suite.d_model}, as {suite.name} has it, found {self.d_model}; correct it or leave it out"
             )
-        if self.sae_width is not None and all(suite[layer].d_sae != self.sae_width for layer in scope.layers):
+        # Of one layer alone: a wrong number should not fetch them all.
+        if self.sae_width is not None and self.sae_width != (width := suite[scope.layers[0]].d_sae):
             raise QwenScopeError(
-                f"expected --sae-width {suite[scope.layers[0]].d_sae}, as {suite.name} has it, found {self.sae_width}; correct "
-                "it or leave it out"
+                f"expected --sae-width {width}, as {suite.name} has it, found {self.sae_width}; correct it or leave it out"
             )
         return scope, index_of(source, scope, None)
 
