@@ -27,9 +27,9 @@ Key = tuple[int, int]
 _State = tuple[tuple[int, int] | None, tuple[int, int] | None]
 """Time and size of the two files of labels."""
 HAND = "hand"
+"""The author of labels that people write."""
 LONGEST = 1000
 """Characters of a label; what is longer is cut there."""
-"""The author of labels that people write."""
 SHOWN = 3
 """How many broken lines of an import are told of one by one."""
 
