@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import gradio as gr
@@ -18,7 +19,10 @@ from qwen_scope.app.config import AppConfig
 from qwen_scope.app.link import Link
 from qwen_scope.app.shared import Shared
 from qwen_scope.data import Footprint
-from qwen_scope.data.classification import Rule, evaluate, fit_rule
+from qwen_scope.data.classification import Evaluation, Rule, evaluate, fit_rule
+from qwen_scope.data.classification.evaluate import Outcome
+from qwen_scope.data.classification.plot import picture
+from qwen_scope.data.classification.scores import Scores
 from qwen_scope.data.fired import Fired
 from qwen_scope.data.footprint import About
 from qwen_scope.data.items import Items
@@ -270,3 +274,30 @@ def test_a_rule_of_too_many_features_is_not_shown(rule: Rule, tmp_path: Path):
     (tmp_path / "x.json").write_text(json.dumps({"format": "qwen-scope rule 1", **content}))
     with pytest.raises(QwenScopeError, match=r"at most 100 rows in x\.json, found 101"):
         classified.load(str(tmp_path / "x.json"), AppConfig())
+
+
+def test_an_evaluation_whose_plots_would_take_minutes_is_not_shown(tmp_path: Path):
+    scores = Scores(**{field.name: 0.5 for field in fields(Scores)})
+    whole = Evaluation(
+        positive="x" * 100_000,
+        train={"x": 1},
+        test={"x": 1},
+        layer=15,
+        largest_difference={15: 0.5},
+        outcomes=[Outcome("m" * 100_000, [15], scores, [(0.0, 1.0), (1.0, 0.5)])],
+        f1_by_k={1: 0.5},
+        f1_by_fraction={"n" * 100_000: {1.0: 0.5}},
+    )
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(whole.to_dict()))
+    found = classified.load(str(path), AppConfig())
+    assert isinstance(found, Evaluation)
+    # Names as long as that leave room for the plot all the same.
+    assert picture(found).startswith(b"\x89PNG")
+    for part in (
+        {"f1_by_k": {str(n): 0.5 for n in range(1, 102)}},
+        {"f1_by_fraction": {str(n): {} for n in range(101)}},
+    ):
+        path.write_text(json.dumps({**whole.to_dict(), **part}))
+        with pytest.raises(QwenScopeError, match=r"at most 100 rows in x\.json, found 101"):
+            classified.load(str(path), AppConfig())

@@ -11,7 +11,7 @@ from index_maker import write_index
 from playwright.sync_api import Page, expect
 
 from qwen_scope import QwenScopeError, Sampling, Scope, Steering
-from qwen_scope.app import steer, uploads
+from qwen_scope.app import steer, steer_sweep, uploads
 from qwen_scope.app.config import AppConfig
 from qwen_scope.app.link import Link, href
 from qwen_scope.app.shared import Shared
@@ -268,3 +268,10 @@ def test_the_python_lines_name_an_index_that_strengths_count_in(llama, suite, to
         shared, "a", None, Steering.of("1/4:1x"), SAMPLING
     )
     assert Shared(app.scope, app.index, AppConfig(), Link()).units == ""
+
+
+def test_a_sweep_reads_prompts_as_chosen_or_says_that_it_cannot():
+    assert steer_sweep.as_prompts(["a"], "text") == ["a"]
+    assert steer_sweep.as_prompts(["a"], "chat") == [[{"role": "user", "content": "a"}]]
+    with pytest.raises(QwenScopeError, match="which a sweep cannot do"):
+        steer_sweep.as_prompts(["a"], "thinking")

@@ -90,7 +90,9 @@ def load(file: str, config: AppConfig) -> Rule | Evaluation:
         found = Rule.load(path) if is_rule else Evaluation.load(path)
     except QwenScopeError as error:
         raise QwenScopeError(uploads.without_folder(str(error), path)) from error
-    size = len(found.terms) if isinstance(found, Rule) else len(found.outcomes)
+    # Of an evaluation also the points and lines of its plots, which would take minutes to draw.
+    parts = [found.terms] if isinstance(found, Rule) else [found.outcomes, found.f1_by_k, found.f1_by_fraction]
+    size = max(map(len, parts))
     if size > MOST_METHODS:
         raise QwenScopeError(
             f"expected at most {MOST_METHODS} rows in {path.name}, found {size}; print it in a terminal"

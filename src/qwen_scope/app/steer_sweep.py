@@ -111,7 +111,7 @@ def build(shared: Shared, steering: gr.Textbox, read_as: gr.Radio) -> None:
         # What one would ask for stands before a prompt.
         for text in (what, *(f"{config.instruction} {text}" for text in texts)):
             uploads.check_text(shared.scope, text, shared.config)
-        inputs: list[Any] = texts if read_as == "text" else [[{"role": "user", "content": text}] for text in texts]
+        inputs = as_prompts(texts, read_as)
         wanted, effect = uploads.steering_of(steering), f"{kind}:{what.strip()}"
         written = python(shared, wanted, inputs, effect, config)
         progress(0, desc="Beginning")
@@ -125,6 +125,20 @@ def build(shared: Shared, steering: gr.Textbox, read_as: gr.Radio) -> None:
     chosen = [steering, read_as, prompts, kind, what, instruction, strengths, others, length]
     run = button.click(swept, chosen, [result, shown, lines], show_progress_on=[shown], **shared.running)
     stop.click(None, None, None, cancels=[run], queue=False, api_visibility="private")
+
+
+def as_prompts(texts: list[str], read_as: str) -> list[Any]:
+    """Prompts as `sweep` takes them.
+
+    Raises:
+        QwenScopeError: chats whose thinking is chosen, which it does not take.
+    """
+    if read_as not in ("text", "chat"):
+        raise QwenScopeError(
+            "expected prompts read as plain text or as a chat, found a chat whose thinking is chosen, which a sweep cannot do; "
+            "choose another under Read as"
+        )
+    return list(texts) if read_as == "text" else [[{"role": "user", "content": text}] for text in texts]
 
 
 def watched(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_scope.drawing import drawing
 from qwen_scope.files import replacing
-from qwen_scope.index.show import visible
+from qwen_scope.index.show import clip, visible
 
 if TYPE_CHECKING:
     from qwen_scope.data.classification.evaluate import Evaluation
@@ -46,18 +46,23 @@ def _draw(evaluation: Evaluation, curves: Any, by_k: Any, by_share: Any) -> None
         rule = outcome.method.startswith(("OR", "sparse"))
         curves.plot(
             *zip(*outcome.curve, strict=True),
-            label=outcome.method,
+            label=_name(outcome.method),
             color=f"C{number % 10}",
             linestyle="-" if rule else "--",
             linewidth=1.2,
         )
-    curves.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01), title=visible(evaluation.positive))
+    curves.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.01), title=_name(evaluation.positive))
     curves.legend(fontsize=6)
     by_k.plot(list(evaluation.f1_by_k), list(evaluation.f1_by_k.values()), marker="o", markersize=3)
     by_k.set(xlabel="features K", ylabel="F1", xscale="log", ylim=(0, 1.01), title="the report's OR rule")
     by_k.set_xticks(list(evaluation.f1_by_k), [str(k) for k in evaluation.f1_by_k])
     by_k.minorticks_off()
     for name, of in evaluation.f1_by_fraction.items():
-        by_share.plot(list(of), list(of.values()), marker="o", markersize=3, label=name)
+        by_share.plot(list(of), list(of.values()), marker="o", markersize=3, label=_name(name))
     by_share.set(xlabel="share of the discovery texts", ylabel="F1", xscale="log", ylim=(0, 1.01))
     by_share.legend(fontsize=6)
+
+
+def _name(text: str) -> str:
+    """A name from a file, short enough to leave room for the plot."""
+    return clip(visible(text), 60)
