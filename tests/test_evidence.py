@@ -358,7 +358,7 @@ def test_texts_that_cannot_be_written_are_a_sentence(tmp_path):
     texts = Texts(tmp_path / "texts.jsonl", {})
     (tmp_path / "texts.jsonl").unlink()
     (tmp_path / "texts.jsonl").mkdir()
-    with pytest.raises(QwenScopeError, match="expected to write texts"):
+    with pytest.raises(QwenScopeError, match="expected to write"):
         texts.add({Key("steered", 1.0, 0, 0): Text("a", 1, 2.0, 0.0)})
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,6 +122,25 @@ def is_folder(name: str | Path) -> bool:
         return Path(name).expanduser().is_dir()
     except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, a null character
         return False
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Adds rows of JSON to a file, a line each, and has them on disk before it returns.
+
+    Raises:
+        QwenScopeError: they cannot be written.
+    """
+    # The line break comes first, so that a line that was cut short cannot swallow the next.
+    data = "".join("\n" + json.dumps(row, ensure_ascii=False) for row in rows)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise QwenScopeError(
+            f"expected to write to {path}, found that it cannot be done ({error.strerror or error}); choose another folder"
+        ) from error
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -9,7 +9,6 @@ import base64
 import csv
 import io
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import gradio as gr
 from gradio.components import Component
 
 from qwen_scope.app.shared import Shared, in_words
+from qwen_scope.plain import finite
 
 TYPES = {
     "csv": "text/csv",
@@ -92,17 +92,9 @@ def to_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def to_json(value: Any) -> str:
     """A value as JSON for people; what is no number becomes null."""
-    return json.dumps(_finite(value), ensure_ascii=False, indent=1) + "\n"
+    return json.dumps(finite(value), ensure_ascii=False, indent=1) + "\n"
 
 
 def _cell(value: Any) -> Any:
     risky = isinstance(value, str) and (value[:1] in "=+-@\t\r\n" or value != value.strip()) and value
     return json.dumps(value, ensure_ascii=False) if risky else value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,6 @@
 """What several commands share: the model and suite, or the index, to read, texts given, JSON printed."""
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from decimal import Decimal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.plain import finite
 
 if TYPE_CHECKING:
     from qwen_scope.index.feature_index import FeatureIndex
@@ -129,20 +129,12 @@ def names_of(scope: "Scope") -> dict[str, Any]:
 
 def print_json(value: Any) -> None:
     """Prints strict JSON: what is not a number becomes null, and what JSON has no word for, such as a date, text."""
-    print(json.dumps(_finite(value), ensure_ascii=False, indent=2, default=_plain))
+    print(json.dumps(finite(value), ensure_ascii=False, indent=2, default=_plain))
 
 
 def _plain(value: Any) -> int | str:
     # SQL's sums are decimals, of integers too.
     return int(value) if isinstance(value, Decimal) and value == value.to_integral_value() else str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def quiet_loading() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import replacing
+from qwen_scope.files import append_lines, replacing
 
 
 class Key(NamedTuple):
@@ -92,16 +91,4 @@ class Texts:
         self.found |= texts
         if self.path is None:
             return
-        rows = [{**key._asdict(), **asdict(text)} for key, text in texts.items()]
-        # The line break comes first, so that a line cut short cannot swallow the next.
-        data = "".join("\n" + json.dumps(row, ensure_ascii=False) for row in rows)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise QwenScopeError(
-                f"expected to write texts to {self.path}, found that it cannot be done ({error.strerror or error}); choose "
-                "another folder"
-            ) from error
+        append_lines(self.path, ({**key._asdict(), **asdict(text)} for key, text in texts.items()))

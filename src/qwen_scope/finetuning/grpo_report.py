@@ -14,8 +14,8 @@ from qwen_scope.files import replacing
 from qwen_scope.finetuning.drift import Drift
 from qwen_scope.finetuning.grpo_evaluation import RESAMPLES, Evaluation
 from qwen_scope.finetuning.grpo_run_config import GRPORun
-from qwen_scope.finetuning.plain import finite, plain
 from qwen_scope.finetuning.repetition import RepetitionFeature
+from qwen_scope.plain import finite, plain
 
 REPORTED, STEERED, ORDINARY = "#0072B2", "#D55E00", "#009E73"
 

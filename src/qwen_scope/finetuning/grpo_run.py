@@ -26,12 +26,12 @@ from qwen_scope.finetuning.grpo_evaluation import Evaluation, evaluate
 from qwen_scope.finetuning.grpo_report import GRPOReport
 from qwen_scope.finetuning.grpo_run_config import GRPORun, differences
 from qwen_scope.finetuning.grpo_trainer import RareNegativesTrainer
-from qwen_scope.finetuning.plain import finite
 from qwen_scope.finetuning.repetition import RepetitionFeature, looping_samples, repetition_features
 from qwen_scope.finetuning.rewards import reward_of
 from qwen_scope.finetuning.samples import Sample
 from qwen_scope.fingerprint import fingerprint
 from qwen_scope.generation import Sampling
+from qwen_scope.plain import finite
 from qwen_scope.scope import Scope
 from qwen_scope.steering import Steering
 from qwen_scope.steering.recipe import model_name

@@ -10,9 +10,9 @@ from typing import Any
 from qwen_scope.files import replacing
 from qwen_scope.finetuning.drift import Drift
 from qwen_scope.finetuning.evaluate import Evaluation, Spoken
-from qwen_scope.finetuning.plain import finite, plain
 from qwen_scope.finetuning.restraints import Restraints
 from qwen_scope.finetuning.sasft_run_config import SASFTRun
+from qwen_scope.plain import finite, plain
 
 COLOUR = "#0072B2"
 CURVES = (

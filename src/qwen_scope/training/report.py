@@ -1,7 +1,6 @@
 """What is written beside the weights at the end of a run: the figures as JSON, a model card, and plots."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from qwen_scope.evaluation.check import CheckReport, LayerCheck
 from qwen_scope.files import replacing
+from qwen_scope.plain import finite, plain
 from qwen_scope.training.plots import draw
 
 CAUTION = (
@@ -37,7 +37,7 @@ def write_report(
     """
     value = {"about": dict(about), "held_out": check.to_dict(), "training": [dict(row) for row in history]}
     with replacing(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
         plots = draw(folder / "plots", check, history)
     except ImportError:
@@ -58,7 +58,7 @@ def card(check: CheckReport, about: Mapping[str, Any], plots: Mapping[str, str] 
     )
     parts = [
         _front_matter(model),
-        f"# {_plain(check.suite)}\n\nTopK sparse autoencoders of the residual stream of {_plain(model)}, layers "
+        f"# {plain(check.suite)}\n\nTopK sparse autoencoders of the residual stream of {plain(model)}, layers "
         f"{', '.join(str(row.layer) for row in check.layers)} (counted from 0; the stream after the layer). Position 0 of every "
         "text and residuals of extreme norm were left out of training: what features read there means little.",
         "    from qwen_scope import Scope\n\n"
@@ -74,7 +74,7 @@ def card(check: CheckReport, about: Mapping[str, Any], plots: Mapping[str, str] 
         "on more text, fewer never fire.",
         *(
             [
-                f"**A mistake was found at layer {row.layer}:** {_plain(text)}"
+                f"**A mistake was found at layer {row.layer}:** {plain(text)}"
                 for row in check.layers
                 for text in row.mistakes
             ]
@@ -115,24 +115,10 @@ def _pictures(plots: Mapping[str, str] | None) -> str:
 
 
 def _facts(about: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {_plain(name)}: {_plain(_said(value))}" for name, value in about.items())
+    return "\n".join(f"- {plain(name)}: {plain(_said(value))}" for name, value in about.items())
 
 
 def _said(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_said(item)}" for name, item in value.items())
     return str(value)
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line."""
-    shown = "".join(character if character.isprintable() else " " for character in str(text))
-    return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", " ".join(shown.split()))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

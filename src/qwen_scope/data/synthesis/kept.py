@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from qwen_scope.data.synthesis.purse import Spent
 from qwen_scope.errors import QwenScopeError
-from qwen_scope.files import replacing
+from qwen_scope.files import append_lines, replacing
 
 Arm = Literal["aimed", "random"]
 """Whether a text is about a target, or about a random other feature, as a control."""
@@ -125,18 +124,7 @@ class Lines:
         Raises:
             QwenScopeError: they cannot be written.
         """
-        # The line break comes first, so that a line that was cut short cannot swallow the next.
-        data = "".join("\n" + json.dumps(row, ensure_ascii=False) for row in rows)
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise QwenScopeError(
-                f"expected to write to {self.path}, found that it cannot be done ({error.strerror or error}); choose another "
-                "folder"
-            ) from error
+        append_lines(self.path, rows)
 
 
 class Kept:

@@ -15,7 +15,7 @@ def plain(text: str) -> str:
 def finite(value: Any) -> Any:
     """The same with null for every number that JSON has no word for."""
     if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
