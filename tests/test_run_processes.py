@@ -72,6 +72,30 @@ def test_two_processes_leave_what_one_leaves(given, single, tmp_path, parallel):
     assert (tmp_path / "report.json").exists()
 
 
+LEAVES = """
+import sys
+from pathlib import Path
+
+from qwen_scope.training.group import Group
+
+with Group.joined() as group:
+    import torch.distributed.nn
+
+    group.wait()
+names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+Path(sys.argv[1], f"{group.rank}.txt").write_text("".join(name for name in names if "gloo" in name))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the names of threads from Linux's /proc")
+def test_no_thread_of_a_group_outlives_it(tmp_path):
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    command = [*both([])[:-2], str(tmp_path / "leaves.py"), str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["", ""]
+
+
 def started(arguments: list[str], rank: int, port: int) -> subprocess.Popen[bytes]:
     """One process of two, as torchrun would start it; torchrun itself would outlive being killed."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

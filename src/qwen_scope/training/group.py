@@ -4,6 +4,7 @@ Two ways to share the work, which both give what one process would but for round
 and holds the whole SAE, or takes all tokens and holds part of the features.
 """
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,9 @@ class Group:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield Group()
             return
+        # Loading a model imports this one, whose default arguments bind the group of that moment: gloo's threads would then
+        # outlive the group, and now and then abort the process when Python ends beneath them.
+        importlib.import_module("torch.distributed.nn")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             # Long, since others wait while the first one tokenizes or evaluates.
