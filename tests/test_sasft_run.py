@@ -143,6 +143,25 @@ def test_another_run_in_the_folder_is_refused(home, whole):
         finetune_sasft(home / "samples.jsonl", whole, run(home, learning_rate=0.5))
 
 
+@pytest.mark.parametrize("wrong", [{"home": ("fr",)}, {"trl": ("optim=none",)}, {"features": ("0/99999",)}])
+def test_a_mistake_takes_no_folder(home, tmp_path, wrong):
+    with pytest.raises(QwenScopeError):
+        finetune_sasft(home / "samples.jsonl", tmp_path / "out", run(home, steps=1, texts_each=0, **wrong))
+    report = finetune_sasft(home / "samples.jsonl", tmp_path / "out", run(home, steps=1, texts_each=0))
+    assert {feature["home"] for feature in report["features"]} == {"ru"}
+
+
+def test_a_run_does_not_go_on_with_other_samples(home, whole, tmp_path):
+    samples = tmp_path / "samples.jsonl"
+    samples.write_bytes((home / "samples.jsonl").read_bytes())
+    options = {"steps": 1, "texts_each": 0, "restraints": whole / "restraints.json", "home": (), "layers": ()}
+    finetune_sasft(samples, tmp_path / "out", run(home, **options))
+    assert Restraints.load(tmp_path / "out" / "restraints.json") == Restraints.load(whole / "restraints.json")
+    samples.write_text(samples.read_text(encoding="utf-8").replace("Paris", "Rome"), encoding="utf-8")
+    with pytest.raises(QwenScopeError, match="the samples hold something else than before"):
+        finetune_sasft(samples, tmp_path / "out", run(home, **options))
+
+
 def test_the_command_with_adapters_parquet_and_restraints(home, whole, tmp_path, capsys):
     from datasets import Dataset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -52,27 +53,33 @@ def finetune_sasft(samples: str | Path, folder: str | Path, config: SASFTRun) ->
         Stopped: Ctrl-C; progress is saved.
     """
     folder = expanded(folder)
-    _agree_with_before(folder, {"samples": str(samples), **config.to_dict()})
+    options = {"samples": str(samples), **config.to_dict()}
+    _agree_with_before(folder, options)
     read = read_samples(samples, config.tag_column, split=config.split, subset=config.subset)
     extra = trl_options(config.trl)
     if config.evaluate_on is None:
         train, kept = split(read, config)
     else:
         train, kept = read, read_samples(config.evaluate_on, config.tag_column)
+    options["content"] = _content([*train, *kept])
+    _agree_with_before(folder, options)
     backbone, suite = open_models(config)
     check_length(kept, backbone)
     restraints = _restraints(folder, train, backbone, suite, config)
     check_tags([*train, *kept], restraints.tags)
     homes = config.home or tuple(dict.fromkeys(f.home for f in restraints.features if f.home))
-    options = {
+    trainer = make_trainer(folder, train, backbone, suite, restraints, homes, config, extra)
+    # Not before all that is refused: a mistake in the options should not take the folder.
+    _write_json(folder / "run.json", options)
+    restraints.save(folder / "restraints.json")
+    first = trainer.accelerator.is_main_process
+    measured = {
         name: getattr(config, name) for name in ("prompt_tokens", "new_tokens", "texts_each", "temperature", "seed")
     }
-    trainer = make_trainer(folder, train, backbone, suite, restraints, homes, config, extra)
-    first = trainer.accelerator.is_main_process
     backbone.model.eval()
     if first and not (folder / "before.json").exists():
         fit(backbone, suite, kept, restraints.layers).save(folder / "before.safetensors")
-        before = evaluate(backbone, suite, kept, homes, **options)
+        before = evaluate(backbone, suite, kept, homes, **measured)
         _write_json(folder / "before.json", before.to_dict())
     with stopping() as stop:
         _train(trainer, stop, folder)
@@ -81,7 +88,7 @@ def finetune_sasft(samples: str | Path, folder: str | Path, config: SASFTRun) ->
     if not (folder / "after.json").exists():
         trained = Backbone(_whole(trainer), backbone.tokenizer)
         fit(trained, suite, kept, restraints.layers).save(folder / "after.safetensors")
-        _write_json(folder / "after.json", evaluate(trained, suite, kept, homes, **options).to_dict())
+        _write_json(folder / "after.json", evaluate(trained, suite, kept, homes, **measured).to_dict())
     trainer.save_model(str(folder / "model"))
     before, after = (Evaluation.from_dict(_read_json(folder / f"{name}.json")) for name in ("before", "after"))
     changed: Drift = drift(Fit.load(folder / "before.safetensors"), Fit.load(folder / "after.safetensors"))
@@ -91,16 +98,19 @@ def finetune_sasft(samples: str | Path, folder: str | Path, config: SASFTRun) ->
 
 
 def _agree_with_before(folder: Path, options: dict[str, Any]) -> None:
-    """Keeps the options of the run, or raises a QwenScopeError where one began with others."""
+    """Raises a QwenScopeError where a run in the folder began with other options."""
     place = folder / "run.json"
-    if place.exists():
-        if found := differences(_read_json(place), options):
-            raise QwenScopeError(
-                f"expected the options that the run in {folder} began with, found that {'; '.join(found[:3])}; give those, or "
-                "another folder"
-            )
-        return
-    _write_json(place, options)
+    if place.exists() and (found := differences(_read_json(place), options)):
+        raise QwenScopeError(
+            f"expected the options that the run in {folder} began with, found that {'; '.join(found[:3])}; give those, or "
+            "another folder"
+        )
+
+
+def _content(samples: Sequence[Sample]) -> str:
+    """A hash of what samples say: a run cannot go on with others, whatever their file is called."""
+    rows = [(sample.row, sample.tag) for sample in samples]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def split(samples: Sequence[Sample], config: SASFTRun) -> tuple[list[Sample], list[Sample]]:
@@ -154,17 +164,17 @@ def check_length(samples: Sequence[Sample], backbone: Backbone) -> None:
 def _restraints(
     folder: Path, train: Sequence[Sample], backbone: Backbone, suite: Suite, config: SASFTRun
 ) -> Restraints:
-    """Those given, those of the run before it was stopped, or those found now."""
-    if config.restraints is not None:
-        return Restraints.load(config.restraints)
+    """Those of the run before it was stopped, those given, or those found now."""
     place = folder / "restraints.json"
     if place.exists():
         return Restraints.load(place)
+    if config.restraints is not None:
+        return Restraints.load(config.restraints)
     draw, some = random.Random(config.seed), []
     for tag in sorted({sample.tag for sample in train}):
         of = [sample for sample in train if sample.tag == tag]
         some += draw.sample(of, min(config.measure_on, len(of)))
-    found = specific_features(
+    return specific_features(
         backbone,
         suite,
         some,
@@ -173,8 +183,6 @@ def _restraints(
         count=config.per_layer,
         features={config.home[0]: config.features} if config.features else None,
     )
-    found.save(place)
-    return found
 
 
 MANAGED = {

@@ -140,8 +140,12 @@ class SASFTRun:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two runs so that one cannot go on as the other, as `name was a and is b`."""
     names = ("samples", *(field.name for field in fields(SASFTRun) if field.name not in FREE_TO_CHANGE))
-    return [
+    found = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in names
         if before.get(name) != now.get(name)
     ]
+    # Known once the samples have been read.
+    if "content" in before and "content" in now and before["content"] != now["content"]:
+        found.append("the samples hold something else than before")
+    return found
