@@ -167,9 +167,9 @@ def test_the_command_with_adapters_parquet_and_restraints(home, whole, tmp_path,
 
     rows = [json.loads(line) for line in (home / "samples.jsonl").read_text().splitlines()]
     samples = tmp_path / "samples.parquet"
-    Dataset.from_list(rows).rename_column("language", "tongue").to_parquet(samples)
+    Dataset.from_list(rows).rename_column("language", "labels").to_parquet(samples)
     options = ["--model", str(home / "model"), "--suite", str(home / "suite"), "--steps", "2", "--rows", "2"]
-    options += ["--restraints", str(whole / "restraints.json"), "--tag-column", "tongue", "--lora-rank", "2"]
+    options += ["--restraints", str(whole / "restraints.json"), "--tag-column", "labels", "--lora-rank", "2"]
     options += ["--new-tokens", "3", "--texts-each", "1", "--device", "cpu", "--trl", "weight_decay=0.1", "--packing"]
     main(["finetune", "sasft", str(samples), str(tmp_path / "out"), *options])
     told = capsys.readouterr().out

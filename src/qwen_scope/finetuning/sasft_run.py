@@ -278,12 +278,13 @@ def make_trainer(
             seed=config.seed,
             reduce_weight=config.reduce_weight if config.method == "sasft" else 0.0,
             token_penalty=config.token_penalty if config.method == "token-penalty" else 0.0,
-            tag_column=config.tag_column,
+            tag_column="language",
             use_cpu=backbone.device.type == "cpu",
             report_to="none",
             **{"logging_steps": 5.0, "save_total_limit": 2, **extra},
         )
-        rows = [{**sample.row, config.tag_column: sample.tag} for sample in train]
+        # Under a name of our own: the column of the user's may be called like one of TRL's.
+        rows = [{**sample.row, "language": sample.tag} for sample in train]
         return SASFTTrainer(
             backbone.model,
             args,

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 TAGS = "tag_ids"
 """The column, and the key of a batch, that holds the number of the tag of each token's sample."""
+TRLS_OWN = {
+    "input_ids", "labels", "attention_mask", "position_ids", "seq_lengths", "completion_mask", "assistant_masks", "text",
+    "messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs", TAGS,
+}  # fmt: skip
+"""Columns that mean something to TRL, and so cannot hold tags."""
 
 
 class SASFTTrainer(FiniteSteps, SFTTrainer):
@@ -158,6 +163,10 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
                 f"expected a column {column!r} with each sample's tag in the {name} data set, found "
                 f"{', '.join(dataset.column_names)}; add it, or name it with tag_column"
             )
+        if column in TRLS_OWN:
+            raise QwenScopeError(
+                f"expected tags in a column that TRL leaves alone, found tag_column = {column!r}, which it reads; rename it"
+            )
         tags, known = dataset[column], self.restraints.tags
         unknown = [(at, tag) for at, tag in enumerate(tags) if tag not in known]
         if unknown:
@@ -187,7 +196,8 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own: Tensor = found[0] if return_outputs else found
         count = counted.sum()
-        tokens = count.clamp_min(1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        # At least 1, as TRL does: a step without label tokens has a loss of 0, and no 0 / 0.
+        tokens = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp_min(1)
         # Gradients are averaged over processes, and `tokens` are those of all of them; as TRL does.
         whole = self.args.average_tokens_across_devices and num_items_in_batch is not None
         scale = self.accelerator.num_processes // self.get_tp_size() if whole else 1
