@@ -214,12 +214,28 @@ def test_what_cannot_be_run_is_told_before_anything_is_trained(scope, tmp_path):
     "options",
     [
         {"steps": 0}, {"rollouts": 1}, {"rows": 5}, {"learning_rate": 0.0}, {"temperature": float("nan")}, {"beta": -1.0},
-        {"plain": True, "steering": "1/1"}, {"rewards": ()}, {"reward_weights": (1.0, 2.0)},
+        {"beta": float("nan")}, {"evaluate_temperature": float("nan")}, {"reward_weights": (float("nan"),)}, {"seed": 2**32},
+        {"rollouts": 2, "rows": 2}, {"plain": True, "steering": "1/1"}, {"rewards": ()}, {"reward_weights": (1.0, 2.0)},
     ],
 )  # fmt: skip
 def test_options_are_checked(options):
     with pytest.raises(QwenScopeError):
         GRPORun(**options)
+
+
+@pytest.mark.parametrize("wrong", [{"steering": None}, {"steering": "1/99999:1"}, {"prompts_per_step": 7}])
+def test_a_mistake_takes_no_folder(scope, tmp_path, wrong):
+    # Without a steering, no text of this model loops.
+    right = {**SMALL, "steps": 1, "steering": STEERING}
+    with pytest.raises(QwenScopeError):
+        finetune_grpo(scope, PROMPTS, tmp_path, GRPORun(**{**right, **wrong}))
+    finetune_grpo(scope, PROMPTS, tmp_path, GRPORun(**right))
+
+
+def test_too_few_prompts_for_an_update_are_refused(scope, tmp_path):
+    # TRL drops what does not fill an update: nothing at all would be trained.
+    with pytest.raises(QwenScopeError, match="as an update has, 4, found 2 beside 2 kept back"):
+        finetune_grpo(scope, PROMPTS[:4], tmp_path, GRPORun(**{**SMALL, "prompts_per_step": 4}, steering=STEERING))
 
 
 def test_two_runs_differ_by_what_changes_their_weights():

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from trl.trainer.grpo_config import GRPOConfig
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.finetuning.grpo_run_config import FEWEST
 from qwen_scope.steering import Steering
 
 OffPolicy = Literal["as_reported", "corrected", "excluded"]
@@ -16,8 +17,6 @@ OffPolicy = Literal["as_reported", "corrected", "excluded"]
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
 """TRL's losses that are defined here for steered rollouts: those of a ratio for each token or rollout."""
-FEWEST = 3
-"""Rollouts of a group: with one of them steered, ordinary ones should also be compared with each other."""
 GENERATION = {"min_new_tokens", "suppress_tokens", "bad_words_ids"}
 """TRL's further `generation_kwargs` that leave one token drawn in one pass for each row."""
 
