@@ -203,6 +203,11 @@ def test_features_and_drift_as_commands(home, whole, tmp_path, capsys):
         ({"trl": ("learning_rat=1",)}, "which TRL does not have"),
         ({"trl": ("learning_rate=1",)}, "that no other option of this command sets"),
         ({"trl": ("weight_decay",)}, "name=value"),
+        ({"trl": ("padding_free=False",)}, "such as true, 0.1 or null, found 'False'"),
+        ({"trl": ("max_grad_norm=much",)}, "a value of max_grad_norm"),
+        ({"trl": ("dataloader_num_workers=1.5",)}, "a value of dataloader_num_workers"),
+        ({"trl": ("lr_scheduler_kwargs=5",)}, "a value of lr_scheduler_kwargs"),
+        ({"warmup": 2.0}, "warmup as a share"),
         ({"trl": ("torch_compile=true",)}, "options that SASFT can follow"),
         ({"trl": ('lr_scheduler_type="no-such"',)}, "options that TRL takes together"),
         ({"method": "token-penalty", "home": ("ru",), "tag_column": "language", "suite": "none/there"}, "expected"),
@@ -238,6 +243,14 @@ def test_samples_are_kept_back_of_each_tag():
 
 def test_values_of_options_are_json():
     assert trl_options(["weight_decay=0.1", "optim=adamw_torch"]) == {"weight_decay": 0.1, "optim": "adamw_torch"}
+    given = [
+        "weight_decay=1",
+        "padding_free=true",
+        "neftune_noise_alpha=null",
+        "pad_to_multiple_of=8",
+        'optim_target_modules=["q"]',
+    ]
+    assert list(trl_options(given).values()) == [1, True, None, 8, ["q"]]
 
 
 # The evidence in the documents

@@ -202,7 +202,7 @@ def _claim(place: Path, about: dict[str, Any], features: Sequence[RepetitionFeat
 
 
 def _steering(scope: Scope, prompts: list[Any], place: Path, config: GRPORun) -> tuple[str, list[RepetitionFeature]]:
-    """The steering in raw units as text, and the features found for it, those of the run before it was stopped if there was one."""
+    """The steering in raw units as text, and the features found for it: those of the run before it was stopped, or new ones."""
     if config.plain:
         return "", []
     path, features = place / "features.json", []

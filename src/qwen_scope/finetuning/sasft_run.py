@@ -9,7 +9,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError, reason
@@ -208,11 +209,12 @@ def trl_options(given: Sequence[str]) -> dict[str, Any]:
     """Options as name=value for TRL's `SFTConfig`, their values as JSON, or text where they are none.
 
     Raises:
-        QwenScopeError: an option that TRL does not have, or that would do nothing here.
+        QwenScopeError: an option that TRL does not have, or that would do nothing here, or a value of another type than its own.
     """
     from trl.trainer.sft_config import SFTConfig
 
     known, found = {field.name for field in fields(SFTConfig) if field.init}, {}
+    types = get_type_hints(SFTConfig)
     for each in given:
         name, equals, text = each.partition("=")
         if not equals or name not in known:
@@ -228,7 +230,25 @@ def trl_options(given: Sequence[str]) -> dict[str, Any]:
             found[name] = json.loads(text)
         except ValueError:
             found[name] = text
+        if not _fits(found[name], types[name]):
+            # TRL checks few of them: a text such as False would count as true.
+            raise QwenScopeError(
+                f"expected a value of {name} as JSON of the type that TRL takes, such as true, 0.1 or null, found {text!r}; "
+                "correct it"
+            )
     return found
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON can be of a type; where the type is none that JSON knows, whether it is at least a text."""
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_fits(value, each) for each in get_args(kind))
+    plain = get_origin(kind) or kind
+    if plain is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if plain is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, plain if plain in (bool, str, dict, list, NoneType) else str)
 
 
 def make_trainer(
@@ -297,7 +317,7 @@ def make_trainer(
         )
     except QwenScopeError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         # What TRL, PEFT or transformers refuse, they say in one sentence or two.
         raise QwenScopeError(
             f"expected options that TRL takes together, found that {reason(error)}; change them"

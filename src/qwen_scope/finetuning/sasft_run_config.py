@@ -121,6 +121,10 @@ class SASFTRun:
         for name in ("lora_rank", "reduce_weight", "token_penalty", "temperature", "texts_each", "seed", "warmup"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise QwenScopeError(f"expected {name} of 0 or more, found {getattr(self, name)}; choose such a number")
+        if self.warmup >= 1:
+            raise QwenScopeError(
+                f"expected warmup as a share of the updates below 1, found {self.warmup}; choose such as 0.03"
+            )
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise QwenScopeError(f"expected {name} above 0, found {getattr(self, name)}; choose such a number")
