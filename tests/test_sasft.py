@@ -382,6 +382,17 @@ def test_another_tokenizer_is_refused(make_model, suite, tmp_path):
         )
 
 
+def test_nobody_is_told_that_a_trainer_was_made(make_model, restrained, suite, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **rest: told.append(args))
+    monkeypatch.delenv("CI", raising=False)
+    with warnings.catch_warnings():
+        # Nor is the user of what only TRL and PEFT could change.
+        warnings.simplefilter("error", FutureWarning)
+        trainer(make_model("llama"), tmp_path, restrained, suite, lora())
+    assert not told
+
+
 def test_prompt_learning_is_refused(make_model, restrained, suite, tmp_path):
     from peft import PromptTuningConfig
 

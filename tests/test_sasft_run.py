@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,16 @@ def test_a_run_that_was_stopped_goes_on(home, whole, tmp_path, how):
         assert torch.allclose(weight, other[name], atol=1e-6), name
 
 
+def test_a_finished_run_is_not_trained_further(home, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    finetune_sasft(home / "samples.jsonl", tmp_path / "out", run(home))
+    saved = sorted(path.name for path in (tmp_path / "out" / "checkpoints").glob("checkpoint-*"))
+    assert saved == ["checkpoint-4", "checkpoint-6"]
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (whole, tmp_path / "out"))
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
 def test_another_run_in_the_folder_is_refused(home, whole):
     with pytest.raises(QwenScopeError, match=r"learning_rate was 0.001 and is 0.5"):
         finetune_sasft(home / "samples.jsonl", whole, run(home, learning_rate=0.5))
@@ -208,6 +219,7 @@ def test_features_and_drift_as_commands(home, whole, tmp_path, capsys):
         ({"trl": ("dataloader_num_workers=1.5",)}, "a value of dataloader_num_workers"),
         ({"trl": ("lr_scheduler_kwargs=5",)}, "a value of lr_scheduler_kwargs"),
         ({"warmup": 2.0}, "warmup as a share"),
+        ({"rows": 99, "trl": ("dataloader_drop_last=true",)}, "found that they ended after 0"),
         ({"trl": ("torch_compile=true",)}, "options that SASFT can follow"),
         ({"trl": ('lr_scheduler_type="no-such"',)}, "options that TRL takes together"),
         ({"method": "token-penalty", "home": ("ru",), "tag_column": "language", "suite": "none/there"}, "expected"),

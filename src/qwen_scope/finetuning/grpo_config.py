@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -10,6 +9,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.finetuning.grpo_run_config import FEWEST
+from qwen_scope.finetuning.old_names import old_names_allowed
 from qwen_scope.steering import Steering
 
 OffPolicy = Literal["as_reported", "corrected", "excluded"]
@@ -52,9 +52,7 @@ class RareNegativesConfig(GRPOConfig):
                 raise QwenScopeError(
                     f"expected {expected} with steered rollouts, found {found}; change it, or steer none"
                 )
-        with warnings.catch_warnings():
-            # transformers warns of the old name of an option, which TRL's own default uses.
-            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+        with old_names_allowed():
             super().__post_init__()
 
 

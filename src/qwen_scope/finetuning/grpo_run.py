@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evaluation import SAMPLE_TEXTS
 from qwen_scope.files import expanded, replacing
-from qwen_scope.finetuning.checkpoints import last_checkpoint
+from qwen_scope.finetuning.checkpoints import last_checkpoint, train_on
 from qwen_scope.finetuning.drift import Fit, drift, fit
 from qwen_scope.finetuning.grpo_config import RareNegativesConfig
 from qwen_scope.finetuning.grpo_evaluation import Evaluation, evaluate
@@ -85,6 +85,7 @@ def finetune_grpo(
         "prompts": _hash([prompts, columns, evaluate_on]),
     }
     _agree_with_before(place, about)
+    _check_length(scope, [*prompts, *(evaluate_on or ())], config)
     held: set[int] = set()
     if evaluate_on is None:
         draw = random.Random(config.seed)
@@ -119,11 +120,14 @@ def finetune_grpo(
         watch = _Watch(scope, kept_back, place / "evaluations.jsonl", config, trainer, stop, last[0] if last else 0)
         trainer.add_callback(watch)
         watch.evaluate(0)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
+        train_on(trainer, last)
         if stop.asked and trainer.state.global_step < config.steps:
             raise Stopped(
                 f"stopped after {trainer.state.global_step} of {config.steps} updates; the same command goes on from there"
             )
+        # Of a run that was stopped and goes on with fewer steps, the last may not have been evaluated.
+        watch.evaluate(trainer.state.global_step)
+        watch.bar.close()
     scope.backbone.model.eval()
     after = fit(scope.backbone, scope.suite, texts, scope.layers)
     trainer.save_model(str(place / "model"))
@@ -165,6 +169,18 @@ def _check(
     if hasattr(scope.backbone.model, "peft_config"):
         raise QwenScopeError(
             "expected a model without adapters, found one with; merge them first, or load the scope anew to go on with a run"
+        )
+
+
+def _check_length(scope: Scope, prompts: list[Any], config: GRPORun) -> None:
+    limit = scope.backbone.context_length
+    if limit is None:
+        return
+    longest = max(len(text) for text in tokenize(prompts, scope.backbone.tokenizer, reply=True)[0])
+    if longest + config.max_new_tokens > limit:
+        raise QwenScopeError(
+            f"expected prompts that leave room for {config.max_new_tokens} tokens in the context of {limit}, found one of "
+            f"{longest} tokens; shorten it or lower max_new_tokens"
         )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError, reason
 from qwen_scope.files import expanded, replacing
-from qwen_scope.finetuning.checkpoints import last_checkpoint
+from qwen_scope.finetuning.checkpoints import last_checkpoint, train_on
 from qwen_scope.finetuning.drift import Drift, Fit, drift, fit
 from qwen_scope.finetuning.evaluate import Evaluation, evaluate
 from qwen_scope.finetuning.restraints import Restraints
@@ -328,6 +328,7 @@ def _train(trainer: SASFTTrainer, stop: Stop, folder: Path) -> None:
     """All updates that are still to be done.
 
     Raises:
+        QwenScopeError: no samples to make an update of.
         Stopped: somebody asked for it; progress is saved.
     """
     from transformers import TrainerCallback
@@ -339,9 +340,13 @@ def _train(trainer: SASFTTrainer, stop: Stop, folder: Path) -> None:
             return control
 
     trainer.add_callback(Asked())
-    last = last_checkpoint(folder / "checkpoints")
-    trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
+    train_on(trainer, last_checkpoint(folder / "checkpoints"))
     if trainer.state.global_step < trainer.state.max_steps:
+        if not stop.asked:
+            raise QwenScopeError(
+                f"expected samples for {trainer.state.max_steps} updates, found that they ended after "
+                f"{trainer.state.global_step}; give more, or raise max_length if it cuts all of their completions off"
+            )
         raise Stopped(
             f"stopped after {trainer.state.global_step} of {trainer.state.max_steps} updates; the same command goes on from there"
         )

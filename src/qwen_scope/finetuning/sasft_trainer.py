@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.finetuning.finite import FiniteSteps
+from qwen_scope.finetuning.old_names import old_names_allowed
 from qwen_scope.finetuning.reduce import Rows
 from qwen_scope.finetuning.residuals import caught, caught_last, trainable_below
 from qwen_scope.finetuning.restraints import Restraints
@@ -102,7 +103,8 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
         if (tokenizer := options.get("processing_class")) is not None and hasattr(tokenizer, "get_vocab"):
             self.restraints.check_tokenizer(tokenizer)
         # TRL's constructor prepares the data sets, which needs what is set above.
-        super().__init__(model, config, **options)
+        with old_names_allowed():
+            super().__init__(model, config, **options)
         tokenizer = self._tokenizer
         self.restraints.check_tokenizer(tokenizer)
         self.base: Any = self.model.get_base_model() if is_peft_model(self.model) else self.model
