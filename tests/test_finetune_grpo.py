@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,17 @@ def test_a_run_leaves_a_model_and_a_page(done, suite):
     assert told["config"]["steering"] == STEERING
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any(tensor.abs().sum() > 0 for name, tensor in weights(folder).items() if "lora_B" in name)
+
+
+def test_a_finished_run_is_not_trained_further(done, make_model, tokenizer, suite, tmp_path):
+    shutil.copytree(done[1], tmp_path / "out")
+    scope = Scope(make_model("llama"), suite, tokenizer)
+    config = GRPORun(**SMALL, steering=STEERING, rewards=(VARIED,))
+    again = finetune_grpo(scope, PROMPTS, tmp_path / "out", config)
+    assert again.history == done[0].history
+    expected = weights(done[1])
+    for name, tensor in weights(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
 
 
 def test_all_weights_can_be_trained_and_plain_grpo_steers_none(scope, tmp_path):
@@ -214,12 +226,42 @@ def test_what_cannot_be_run_is_told_before_anything_is_trained(scope, tmp_path):
     "options",
     [
         {"steps": 0}, {"rollouts": 1}, {"rows": 5}, {"learning_rate": 0.0}, {"temperature": float("nan")}, {"beta": -1.0},
-        {"plain": True, "steering": "1/1"}, {"rewards": ()}, {"reward_weights": (1.0, 2.0)},
+        {"beta": float("nan")}, {"evaluate_temperature": float("nan")}, {"reward_weights": (float("nan"),)}, {"seed": 2**32},
+        {"rollouts": 2, "rows": 2}, {"plain": True, "steering": "1/1"}, {"rewards": ()}, {"reward_weights": (1.0, 2.0)},
     ],
 )  # fmt: skip
 def test_options_are_checked(options):
     with pytest.raises(QwenScopeError):
         GRPORun(**options)
+
+
+@pytest.mark.parametrize("wrong", [{"steering": None}, {"steering": "1/99999:1"}, {"prompts_per_step": 7}])
+def test_a_mistake_takes_no_folder(scope, tmp_path, wrong):
+    # Without a steering, no text of this model loops.
+    right = {**SMALL, "steps": 1, "steering": STEERING}
+    with pytest.raises(QwenScopeError):
+        finetune_grpo(scope, PROMPTS, tmp_path, GRPORun(**{**right, **wrong}))
+    finetune_grpo(scope, PROMPTS, tmp_path, GRPORun(**right))
+
+
+def test_prompts_leave_room_for_answers(scope, tmp_path):
+    with pytest.raises(QwenScopeError, match="room for 250 tokens in the context of 256"):
+        finetune_grpo(scope, PROMPTS, tmp_path, GRPORun(**{**SMALL, "max_new_tokens": 250}, steering=STEERING))
+
+
+def test_a_run_that_ends_sooner_is_evaluated_at_its_end(make_model, tokenizer, suite, tmp_path):
+    for steps in (3, 2):
+        scope = Scope(make_model("llama"), suite, tokenizer)
+        config = GRPORun(**{**SMALL, "steps": steps, "evaluate_every": 9}, steering=STEERING, rewards=(VARIED,))
+        report = finetune_grpo(scope, PROMPTS, tmp_path, config)
+        shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-3", ignore_errors=True)
+    assert [found.step for found in report.evaluations] == [0, 2]
+
+
+def test_too_few_prompts_for_an_update_are_refused(scope, tmp_path):
+    # TRL drops what does not fill an update: nothing at all would be trained.
+    with pytest.raises(QwenScopeError, match="as an update has, 4, found 2 beside 2 kept back"):
+        finetune_grpo(scope, PROMPTS[:4], tmp_path, GRPORun(**{**SMALL, "prompts_per_step": 4}, steering=STEERING))
 
 
 def test_two_runs_differ_by_what_changes_their_weights():

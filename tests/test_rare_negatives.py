@@ -247,6 +247,19 @@ def test_training_runs_and_tells_of_both_kinds_of_rollouts(make, off_policy, ada
     assert all(("lora" in name) == (adapter is not None) for name in changed)
 
 
+def test_nobody_is_told_that_a_trainer_was_made(make, monkeypatch):
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **rest: told.append(args))
+    monkeypatch.delenv("CI", raising=False)
+    make()
+    assert not told
+
+
+def test_a_steering_beyond_numbers_ends_in_a_sentence(make):
+    with pytest.raises(QwenScopeError, match="steer less strongly"):
+        make(steering="1/5:1e300").train()
+
+
 def test_rows_are_counted_over_all_processes(make, monkeypatch):
     trainer = make()
     assert trainer.steered_rows(8).nonzero()[:, 0].tolist() == [3, 7]

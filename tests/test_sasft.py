@@ -339,6 +339,8 @@ def test_what_cannot_be_is_refused_in_a_sentence(make_model, restrained, suite, 
     refused("the features 1/5, 1/77 read", make, model=frozen)
     for option in ({"torch_compile": True}, {"dataset_kwargs": {"skip_prepare_dataset": True}}):
         refused("options that SASFT can follow", make, **option)
+    named = dataset().rename_column("language", "labels")
+    refused("found tag_column = 'labels'", make, data=named, tag_column="labels")
     refused("penalised_tokens", make, token_penalty=1.0)
     refused("reduce_weight of 0 or more", make, reduce_weight=-1.0)
     refused("max_length with packing", make, packing=True, max_length=None)
@@ -380,6 +382,17 @@ def test_another_tokenizer_is_refused(make_model, suite, tmp_path):
         )
 
 
+def test_nobody_is_told_that_a_trainer_was_made(make_model, restrained, suite, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **rest: told.append(args))
+    monkeypatch.delenv("CI", raising=False)
+    with warnings.catch_warnings():
+        # Nor is the user of what only TRL and PEFT could change.
+        warnings.simplefilter("error", FutureWarning)
+        trainer(make_model("llama"), tmp_path, restrained, suite, lora())
+    assert not told
+
+
 def test_prompt_learning_is_refused(make_model, restrained, suite, tmp_path):
     from peft import PromptTuningConfig
 
@@ -391,6 +404,17 @@ def test_prompt_learning_is_refused(make_model, restrained, suite, tmp_path):
             suite,
             PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
         )
+
+
+def test_a_step_without_label_tokens_has_no_loss(make_model, restrained, suite, tmp_path):
+    model = make_model("llama").train()
+    tuned = trainer(model, tmp_path, restrained, suite)
+    batch = next(iter(tuned.get_train_dataloader()))
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert tuned.compute_loss(model, batch, num_items_in_batch=torch.tensor(0)).item() == 0
+    tuned.train_dataset = tuned.train_dataset.map(lambda row: {"labels": [-100] * len(row["input_ids"])})
+    tuned.train()
+    assert all(row["reduce_loss"] == 0 for row in tuned.state.log_history if "reduce_loss" in row)
 
 
 class Spoil(TrainerCallback):

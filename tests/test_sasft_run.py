@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,9 +139,38 @@ def test_a_run_that_was_stopped_goes_on(home, whole, tmp_path, how):
         assert torch.allclose(weight, other[name], atol=1e-6), name
 
 
+def test_a_finished_run_is_not_trained_further(home, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    finetune_sasft(home / "samples.jsonl", tmp_path / "out", run(home))
+    saved = sorted(path.name for path in (tmp_path / "out" / "checkpoints").glob("checkpoint-*"))
+    assert saved == ["checkpoint-4", "checkpoint-6"]
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (whole, tmp_path / "out"))
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
 def test_another_run_in_the_folder_is_refused(home, whole):
     with pytest.raises(QwenScopeError, match=r"learning_rate was 0.001 and is 0.5"):
         finetune_sasft(home / "samples.jsonl", whole, run(home, learning_rate=0.5))
+
+
+@pytest.mark.parametrize("wrong", [{"home": ("fr",)}, {"trl": ("optim=none",)}, {"features": ("0/99999",)}])
+def test_a_mistake_takes_no_folder(home, tmp_path, wrong):
+    with pytest.raises(QwenScopeError):
+        finetune_sasft(home / "samples.jsonl", tmp_path / "out", run(home, steps=1, texts_each=0, **wrong))
+    report = finetune_sasft(home / "samples.jsonl", tmp_path / "out", run(home, steps=1, texts_each=0))
+    assert {feature["home"] for feature in report["features"]} == {"ru"}
+
+
+def test_a_run_does_not_go_on_with_other_samples(home, whole, tmp_path):
+    samples = tmp_path / "samples.jsonl"
+    samples.write_bytes((home / "samples.jsonl").read_bytes())
+    options = {"steps": 1, "texts_each": 0, "restraints": whole / "restraints.json", "home": (), "layers": ()}
+    finetune_sasft(samples, tmp_path / "out", run(home, **options))
+    assert Restraints.load(tmp_path / "out" / "restraints.json") == Restraints.load(whole / "restraints.json")
+    samples.write_text(samples.read_text(encoding="utf-8").replace("Paris", "Rome"), encoding="utf-8")
+    with pytest.raises(QwenScopeError, match="the samples hold something else than before"):
+        finetune_sasft(samples, tmp_path / "out", run(home, **options))
 
 
 def test_the_command_with_adapters_parquet_and_restraints(home, whole, tmp_path, capsys):
@@ -148,9 +178,9 @@ def test_the_command_with_adapters_parquet_and_restraints(home, whole, tmp_path,
 
     rows = [json.loads(line) for line in (home / "samples.jsonl").read_text().splitlines()]
     samples = tmp_path / "samples.parquet"
-    Dataset.from_list(rows).rename_column("language", "tongue").to_parquet(samples)
+    Dataset.from_list(rows).rename_column("language", "labels").to_parquet(samples)
     options = ["--model", str(home / "model"), "--suite", str(home / "suite"), "--steps", "2", "--rows", "2"]
-    options += ["--restraints", str(whole / "restraints.json"), "--tag-column", "tongue", "--lora-rank", "2"]
+    options += ["--restraints", str(whole / "restraints.json"), "--tag-column", "labels", "--lora-rank", "2"]
     options += ["--new-tokens", "3", "--texts-each", "1", "--device", "cpu", "--trl", "weight_decay=0.1", "--packing"]
     main(["finetune", "sasft", str(samples), str(tmp_path / "out"), *options])
     told = capsys.readouterr().out
@@ -184,6 +214,12 @@ def test_features_and_drift_as_commands(home, whole, tmp_path, capsys):
         ({"trl": ("learning_rat=1",)}, "which TRL does not have"),
         ({"trl": ("learning_rate=1",)}, "that no other option of this command sets"),
         ({"trl": ("weight_decay",)}, "name=value"),
+        ({"trl": ("padding_free=False",)}, "such as true, 0.1 or null, found 'False'"),
+        ({"trl": ("max_grad_norm=much",)}, "a value of max_grad_norm"),
+        ({"trl": ("dataloader_num_workers=1.5",)}, "a value of dataloader_num_workers"),
+        ({"trl": ("lr_scheduler_kwargs=5",)}, "a value of lr_scheduler_kwargs"),
+        ({"warmup": 2.0}, "warmup as a share"),
+        ({"rows": 99, "trl": ("dataloader_drop_last=true",)}, "found that they ended after 0"),
         ({"trl": ("torch_compile=true",)}, "options that SASFT can follow"),
         ({"trl": ('lr_scheduler_type="no-such"',)}, "options that TRL takes together"),
         ({"method": "token-penalty", "home": ("ru",), "tag_column": "language", "suite": "none/there"}, "expected"),
@@ -219,6 +255,14 @@ def test_samples_are_kept_back_of_each_tag():
 
 def test_values_of_options_are_json():
     assert trl_options(["weight_decay=0.1", "optim=adamw_torch"]) == {"weight_decay": 0.1, "optim": "adamw_torch"}
+    given = [
+        "weight_decay=1",
+        "padding_free=true",
+        "neftune_noise_alpha=null",
+        "pad_to_multiple_of=8",
+        'optim_target_modules=["q"]',
+    ]
+    assert list(trl_options(given).values()) == [1, True, None, 8, ["q"]]
 
 
 # The evidence in the documents

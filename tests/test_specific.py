@@ -16,7 +16,7 @@ from qwen_scope.finetuning.drift import Drift, Fit, LayerDrift, drift, fit, over
 from qwen_scope.finetuning.evaluate import sample_losses
 from qwen_scope.finetuning.restraints import Restrained, Restraints, vocabulary_hash
 from qwen_scope.finetuning.samples import Sample, check_tags, read_samples
-from qwen_scope.finetuning.scripts import scripts_of, tokens_of
+from qwen_scope.finetuning.scripts import SCRIPTS, letters_of, scripts_of, tokens_of
 from qwen_scope.finetuning.specific import specific_features
 from qwen_scope.finetuning.switching import switch_ratio
 from qwen_scope.suite import Suite
@@ -235,6 +235,23 @@ def test_switches_that_cannot_be_told(arguments, sentence):
 def test_a_script_can_be_named():
     assert scripts_of("Cyrillic") == ("Cyrillic",)
     assert scripts_of("pt-BR") == ("Latin",)
+    assert set(scripts_of("zh")) == {"Han", "Bopomofo"}
+    assert set(scripts_of("sr")) == {"Cyrillic", "Latin"}
+    # All languages of ISO 639-1 that people speak, in scripts that Unicode names.
+    assert len(SCRIPTS) == 180
+    for code, scripts in SCRIPTS.items():
+        assert scripts
+        letters_of(scripts)
+        assert scripts_of(code) == scripts
+    for code, script in {
+        "ky": "Cyrillic",
+        "nb": "Latin",
+        "eo": "Latin",
+        "ug": "Arabic",
+        "ti": "Ethiopic",
+        "bo": "Tibetan",
+    }.items():
+        assert scripts_of(code) == (script,)
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8")))

@@ -117,9 +117,7 @@ def spoken(
     if not asked:
         return []
     samplings = [replace(sampling, seed=seed + n) for n in range(len(asked))]
-    generated = generate(
-        backbone, suite, [prompt for _, prompt, _ in asked], [[] for _ in asked], samplings, progress=False
-    )
+    generated = generate(backbone, suite, [prompt for _, prompt, _ in asked], [[] for _ in asked], samplings)
     found = []
     for (sample, prompt, _), result in zip(asked, generated, strict=True):
         switched = any(switch_ratio([result.text], sample.tag, home).switched[0] for home in homes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from trl.trainer.grpo_config import GRPOConfig
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.finetuning.grpo_run_config import FEWEST
+from qwen_scope.finetuning.old_names import old_names_allowed
 from qwen_scope.steering import Steering
 
 OffPolicy = Literal["as_reported", "corrected", "excluded"]
@@ -16,8 +17,6 @@ OffPolicy = Literal["as_reported", "corrected", "excluded"]
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
 """TRL's losses that are defined here for steered rollouts: those of a ratio for each token or rollout."""
-FEWEST = 3
-"""Rollouts of a group: with one of them steered, ordinary ones should also be compared with each other."""
 GENERATION = {"min_new_tokens", "suppress_tokens", "bad_words_ids"}
 """TRL's further `generation_kwargs` that leave one token drawn in one pass for each row."""
 
@@ -53,9 +52,7 @@ class RareNegativesConfig(GRPOConfig):
                 raise QwenScopeError(
                     f"expected {expected} with steered rollouts, found {found}; change it, or steer none"
                 )
-        with warnings.catch_warnings():
-            # transformers warns of the old name of an option, which TRL's own default uses.
-            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+        with old_names_allowed():
             super().__post_init__()
 
 

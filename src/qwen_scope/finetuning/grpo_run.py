@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.evaluation import SAMPLE_TEXTS
 from qwen_scope.files import expanded, replacing
-from qwen_scope.finetuning.checkpoints import last_checkpoint
+from qwen_scope.finetuning.checkpoints import last_checkpoint, train_on
 from qwen_scope.finetuning.drift import Fit, drift, fit
 from qwen_scope.finetuning.grpo_config import RareNegativesConfig
 from qwen_scope.finetuning.grpo_evaluation import Evaluation, evaluate
@@ -82,20 +82,25 @@ def finetune_grpo(
         "model": model_name(scope.backbone, scope.suite),
         "suite": scope.suite.name,
         "fingerprint": fingerprint(scope.suite, scope.layers),
-        "prompts": hashlib.sha256(json.dumps([prompts, columns, evaluate_on], sort_keys=True).encode()).hexdigest()[
-            :16
-        ],
+        "prompts": _hash([prompts, columns, evaluate_on]),
     }
-    _claim(place, about)
+    _agree_with_before(place, about)
+    _check_length(scope, [*prompts, *(evaluate_on or ())], config)
     held: set[int] = set()
     if evaluate_on is None:
         draw = random.Random(config.seed)
         held = set(draw.sample(range(len(prompts)), min(config.held_out, len(prompts) // 2)))
     kept_back = [prompt for at, prompt in enumerate(prompts) if at in held] or list(evaluate_on or ())
     trained = [at for at in range(len(prompts)) if at not in held]
+    if len(trained) < config.prompts_per_step:
+        raise QwenScopeError(
+            f"expected at least as many prompts to train on as an update has, {config.prompts_per_step}, found {len(trained)} "
+            f"beside {len(held)} kept back; give more, or lower prompts_per_step or held_out"
+        )
     steering, features = _steering(scope, [prompts[at] for at in trained], place, config)
     texts = _ordinary_texts(scope)
-    fit_before = _fit_before(scope, texts, place / "fit.safetensors")
+    measured = place / "fit.safetensors"
+    fit_before = Fit.load(measured) if measured.exists() else fit(scope.backbone, scope.suite, texts, scope.layers)
     rows = [{"prompt": prompts[at], **{name: column[at] for name, column in columns.items()}} for at in trained]
     trainer = RareNegativesTrainer(
         model=scope.backbone.model,
@@ -106,6 +111,8 @@ def finetune_grpo(
         peft_config=_adapter(config),
         suite=scope.suite,
     )
+    # Not before all that is refused: a mistake in the options should not take the folder.
+    _claim(place, about, features, fit_before)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     last = last_checkpoint(place / "checkpoints")
@@ -113,11 +120,14 @@ def finetune_grpo(
         watch = _Watch(scope, kept_back, place / "evaluations.jsonl", config, trainer, stop, last[0] if last else 0)
         trainer.add_callback(watch)
         watch.evaluate(0)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
+        train_on(trainer, last)
         if stop.asked and trainer.state.global_step < config.steps:
             raise Stopped(
                 f"stopped after {trainer.state.global_step} of {config.steps} updates; the same command goes on from there"
             )
+        # Of a run that was stopped and goes on with fewer steps, the last may not have been evaluated.
+        watch.evaluate(trainer.state.global_step)
+        watch.bar.close()
     scope.backbone.model.eval()
     after = fit(scope.backbone, scope.suite, texts, scope.layers)
     trainer.save_model(str(place / "model"))
@@ -162,26 +172,53 @@ def _check(
         )
 
 
-def _claim(place: Path, about: dict[str, Any]) -> None:
-    """Takes a folder for this run, or finds that it is this run's."""
+def _check_length(scope: Scope, prompts: list[Any], config: GRPORun) -> None:
+    limit = scope.backbone.context_length
+    if limit is None:
+        return
+    longest = max(len(text) for text in tokenize(prompts, scope.backbone.tokenizer, reply=True)[0])
+    if longest + config.max_new_tokens > limit:
+        raise QwenScopeError(
+            f"expected prompts that leave room for {config.max_new_tokens} tokens in the context of {limit}, found one of "
+            f"{longest} tokens; shorten it or lower max_new_tokens"
+        )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _agree_with_before(place: Path, about: dict[str, Any]) -> None:
+    """Raises a QwenScopeError where a folder holds another run than this."""
     path = place / "run.json"
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise QwenScopeError(
-                f"expected a run in {place}, found {path.name} without JSON; choose another folder"
-            ) from error
-        if told := differences(before, about):
-            raise QwenScopeError(
-                f"expected the run that {place} holds, found another: {'; '.join(told[:3])}; choose another folder"
-            )
-    with replacing(path) as temporary:
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise QwenScopeError(
+            f"expected a run in {place}, found {path.name} without JSON; choose another folder"
+        ) from error
+    if told := differences(before, about):
+        raise QwenScopeError(
+            f"expected the run that {place} holds, found another: {'; '.join(told[:3])}; choose another folder"
+        )
+
+
+def _claim(place: Path, about: dict[str, Any], features: Sequence[RepetitionFeature], fit_before: Fit) -> None:
+    """Takes a folder for this run, and keeps there what was measured on the model as it was."""
+    with replacing(place / "run.json") as temporary:
         temporary.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = [{name: value for name, value in f.to_dict().items() if name != "feature"} for f in features]
+    if rows and not (place / "features.json").exists():
+        with replacing(place / "features.json") as temporary:
+            temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if not (place / "fit.safetensors").exists():
+        fit_before.save(place / "fit.safetensors")
 
 
 def _steering(scope: Scope, prompts: list[Any], place: Path, config: GRPORun) -> tuple[str, list[RepetitionFeature]]:
-    """The steering in raw units as text, and the features found for it; what was found is kept, since the model changes."""
+    """The steering in raw units as text, and the features found for it: those of the run before it was stopped, or new ones."""
     if config.plain:
         return "", []
     path, features = place / "features.json", []
@@ -190,9 +227,6 @@ def _steering(scope: Scope, prompts: list[Any], place: Path, config: GRPORun) ->
             features = [RepetitionFeature(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
         else:
             features = _found(scope, prompts, config)
-            rows = [{name: value for name, value in f.to_dict().items() if name != "feature"} for f in features]
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         given: Any = [f"{feature.name}:{config.strength:g}x" for feature in features]
     else:
         given = config.steering
@@ -212,13 +246,6 @@ def _ordinary_texts(scope: Scope) -> list[Sample]:
         most = len(text) if limit is None else min(limit, len(text))
         found.append(Sample.of(text.text[: text.spans[most - 1][1]], ""))
     return found
-
-
-def _fit_before(scope: Scope, texts: list[Sample], path: Path) -> Fit:
-    """How the SAEs fit the model as it was, kept for the end of the run."""
-    if not path.exists():
-        fit(scope.backbone, scope.suite, texts, scope.layers).save(path)
-    return Fit.load(path)
 
 
 def _found(scope: Scope, prompts: list[Any], config: GRPORun) -> list[RepetitionFeature]:

@@ -1,11 +1,16 @@
 """`GRPORun`: one run of reinforcement learning, from prompts to report. Its fields and docstrings make the command's options."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qwen_scope.errors import QwenScopeError
 
+MOST_SEED = 2**32 - 1
+"""What the random numbers of all libraries can follow from."""
+FEWEST = 3
+"""Rollouts of a group: with one of them steered, ordinary ones should also be compared with each other."""
 FREE_TO_CHANGE = ("steps", "save_every")
 """What may differ between a run and its resumption. More steps go on from where the learning rate is then."""
 
@@ -82,8 +87,18 @@ class GRPORun:
         for name in ("temperature", "learning_rate", "strength"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise QwenScopeError(f"expected {name} above 0, found {getattr(self, name)}; choose such as 0.5")
-        if self.beta < 0 or self.evaluate_temperature < 0:
-            raise QwenScopeError("expected beta and evaluate_temperature of 0 or more, found less; choose 0 or more")
+        for name in ("beta", "evaluate_temperature"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise QwenScopeError(f"expected {name} of 0 or more, found {getattr(self, name)}; choose 0 or more")
+        if self.seed > MOST_SEED:
+            raise QwenScopeError(f"expected a seed of at most {MOST_SEED}, found {self.seed}; choose a smaller one")
+        if self.rollouts < FEWEST and not self.plain:
+            raise QwenScopeError(
+                f"expected rollouts of at least {FEWEST}, one of them steered, found {self.rollouts}; raise them, or steer none "
+                "(plain)"
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise QwenScopeError(f"expected finite reward_weights, found {self.reward_weights}; correct them")
         if self.plain and self.steering:
             raise QwenScopeError(f"expected a steering or plain, found both ({self.steering!r}); leave one of them out")
         if not self.rewards or len(self.reward_weights) not in (0, len(self.rewards)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.finetuning.finite import FiniteSteps
 from qwen_scope.finetuning.grpo_config import RareNegativesConfig
+from qwen_scope.finetuning.old_names import old_names_allowed
 from qwen_scope.steering import Steering
 from qwen_scope.steering.around import steered
 from qwen_scope.steering.changes import Change, Changes, Layout, changes
@@ -89,22 +89,23 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
         steering = Steering.of(args.steering)
         if steering:
             _refuse(model, processing_class, peft_config, tools, rollout_func, environment_factory)
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            tools=tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
-        )
+        with old_names_allowed():
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
         _check_tokenizer(self.model, self._tokenizer)
         # What TRL and transformers declare is wider than what is there.
         self._policy: Any = self.model
@@ -133,9 +134,8 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's."""
-        with warnings.catch_warnings():
-            # TRL reads an attribute of the model at every step under a name that transformers would rather not see.
-            warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+        # TRL reads an attribute of the model at every step.
+        with old_names_allowed():
             return super().train(*args, **kwargs)
 
     def steered_rows(self, count: int) -> Bool[Tensor, " count"]:
@@ -149,8 +149,16 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
         if not self._changes or not self._policy.training:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         rows = [self._changes if chosen else [] for chosen in self.steered_rows(len(prompt_ids)).tolist()]
-        with steered(self.backbone, rows, self.suite):
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        try:
+            with steered(self.backbone, rows, self.suite):
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise QwenScopeError(
+                f"expected probabilities of the next token, found none that are numbers in step {self.state.global_step + 1}; "
+                "steer less strongly"
+            ) from error
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, *args, **kwargs)

@@ -1,11 +1,11 @@
 """`SASFTConfig`: TRL's `SFTConfig` and what SASFT adds."""
 
-import warnings
 from dataclasses import dataclass, field
 
 from trl.trainer.sft_config import SFTConfig
 
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.finetuning.old_names import old_names_allowed
 
 
 @dataclass
@@ -32,9 +32,7 @@ class SASFTConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        with warnings.catch_warnings():
-            # TRL sets it by default, under the name that transformers would rather not see.
-            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+        with old_names_allowed():
             super().__post_init__()
         for name in ("reduce_weight", "token_penalty"):
             if not 0 <= getattr(self, name) < float("inf"):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from qwen_scope.backbone import Backbone
 from qwen_scope.errors import QwenScopeError, reason
 from qwen_scope.files import expanded, replacing
-from qwen_scope.finetuning.checkpoints import last_checkpoint
+from qwen_scope.finetuning.checkpoints import last_checkpoint, train_on
 from qwen_scope.finetuning.drift import Drift, Fit, drift, fit
 from qwen_scope.finetuning.evaluate import Evaluation, evaluate
 from qwen_scope.finetuning.restraints import Restraints
@@ -52,27 +54,33 @@ def finetune_sasft(samples: str | Path, folder: str | Path, config: SASFTRun) ->
         Stopped: Ctrl-C; progress is saved.
     """
     folder = expanded(folder)
-    _agree_with_before(folder, {"samples": str(samples), **config.to_dict()})
+    options = {"samples": str(samples), **config.to_dict()}
+    _agree_with_before(folder, options)
     read = read_samples(samples, config.tag_column, split=config.split, subset=config.subset)
     extra = trl_options(config.trl)
     if config.evaluate_on is None:
         train, kept = split(read, config)
     else:
         train, kept = read, read_samples(config.evaluate_on, config.tag_column)
+    options["content"] = _content([*train, *kept])
+    _agree_with_before(folder, options)
     backbone, suite = open_models(config)
     check_length(kept, backbone)
     restraints = _restraints(folder, train, backbone, suite, config)
     check_tags([*train, *kept], restraints.tags)
     homes = config.home or tuple(dict.fromkeys(f.home for f in restraints.features if f.home))
-    options = {
+    trainer = make_trainer(folder, train, backbone, suite, restraints, homes, config, extra)
+    # Not before all that is refused: a mistake in the options should not take the folder.
+    _write_json(folder / "run.json", options)
+    restraints.save(folder / "restraints.json")
+    first = trainer.accelerator.is_main_process
+    measured = {
         name: getattr(config, name) for name in ("prompt_tokens", "new_tokens", "texts_each", "temperature", "seed")
     }
-    trainer = make_trainer(folder, train, backbone, suite, restraints, homes, config, extra)
-    first = trainer.accelerator.is_main_process
     backbone.model.eval()
     if first and not (folder / "before.json").exists():
         fit(backbone, suite, kept, restraints.layers).save(folder / "before.safetensors")
-        before = evaluate(backbone, suite, kept, homes, **options)
+        before = evaluate(backbone, suite, kept, homes, **measured)
         _write_json(folder / "before.json", before.to_dict())
     with stopping() as stop:
         _train(trainer, stop, folder)
@@ -81,7 +89,7 @@ def finetune_sasft(samples: str | Path, folder: str | Path, config: SASFTRun) ->
     if not (folder / "after.json").exists():
         trained = Backbone(_whole(trainer), backbone.tokenizer)
         fit(trained, suite, kept, restraints.layers).save(folder / "after.safetensors")
-        _write_json(folder / "after.json", evaluate(trained, suite, kept, homes, **options).to_dict())
+        _write_json(folder / "after.json", evaluate(trained, suite, kept, homes, **measured).to_dict())
     trainer.save_model(str(folder / "model"))
     before, after = (Evaluation.from_dict(_read_json(folder / f"{name}.json")) for name in ("before", "after"))
     changed: Drift = drift(Fit.load(folder / "before.safetensors"), Fit.load(folder / "after.safetensors"))
@@ -91,16 +99,19 @@ def finetune_sasft(samples: str | Path, folder: str | Path, config: SASFTRun) ->
 
 
 def _agree_with_before(folder: Path, options: dict[str, Any]) -> None:
-    """Keeps the options of the run, or raises a QwenScopeError where one began with others."""
+    """Raises a QwenScopeError where a run in the folder began with other options."""
     place = folder / "run.json"
-    if place.exists():
-        if found := differences(_read_json(place), options):
-            raise QwenScopeError(
-                f"expected the options that the run in {folder} began with, found that {'; '.join(found[:3])}; give those, or "
-                "another folder"
-            )
-        return
-    _write_json(place, options)
+    if place.exists() and (found := differences(_read_json(place), options)):
+        raise QwenScopeError(
+            f"expected the options that the run in {folder} began with, found that {'; '.join(found[:3])}; give those, or "
+            "another folder"
+        )
+
+
+def _content(samples: Sequence[Sample]) -> str:
+    """A hash of what samples say: a run cannot go on with others, whatever their file is called."""
+    rows = [(sample.row, sample.tag) for sample in samples]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def split(samples: Sequence[Sample], config: SASFTRun) -> tuple[list[Sample], list[Sample]]:
@@ -154,17 +165,17 @@ def check_length(samples: Sequence[Sample], backbone: Backbone) -> None:
 def _restraints(
     folder: Path, train: Sequence[Sample], backbone: Backbone, suite: Suite, config: SASFTRun
 ) -> Restraints:
-    """Those given, those of the run before it was stopped, or those found now."""
-    if config.restraints is not None:
-        return Restraints.load(config.restraints)
+    """Those of the run before it was stopped, those given, or those found now."""
     place = folder / "restraints.json"
     if place.exists():
         return Restraints.load(place)
+    if config.restraints is not None:
+        return Restraints.load(config.restraints)
     draw, some = random.Random(config.seed), []
     for tag in sorted({sample.tag for sample in train}):
         of = [sample for sample in train if sample.tag == tag]
         some += draw.sample(of, min(config.measure_on, len(of)))
-    found = specific_features(
+    return specific_features(
         backbone,
         suite,
         some,
@@ -173,8 +184,6 @@ def _restraints(
         count=config.per_layer,
         features={config.home[0]: config.features} if config.features else None,
     )
-    found.save(place)
-    return found
 
 
 MANAGED = {
@@ -200,11 +209,12 @@ def trl_options(given: Sequence[str]) -> dict[str, Any]:
     """Options as name=value for TRL's `SFTConfig`, their values as JSON, or text where they are none.
 
     Raises:
-        QwenScopeError: an option that TRL does not have, or that would do nothing here.
+        QwenScopeError: an option that TRL does not have, or that would do nothing here, or a value of another type than its own.
     """
     from trl.trainer.sft_config import SFTConfig
 
     known, found = {field.name for field in fields(SFTConfig) if field.init}, {}
+    types = get_type_hints(SFTConfig)
     for each in given:
         name, equals, text = each.partition("=")
         if not equals or name not in known:
@@ -220,7 +230,25 @@ def trl_options(given: Sequence[str]) -> dict[str, Any]:
             found[name] = json.loads(text)
         except ValueError:
             found[name] = text
+        if not _fits(found[name], types[name]):
+            # TRL checks few of them: a text such as False would count as true.
+            raise QwenScopeError(
+                f"expected a value of {name} as JSON of the type that TRL takes, such as true, 0.1 or null, found {text!r}; "
+                "correct it"
+            )
     return found
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON can be of a type; where the type is none that JSON knows, whether it is at least a text."""
+    if isinstance(kind, UnionType) or get_origin(kind) is Union:
+        return any(_fits(value, each) for each in get_args(kind))
+    plain = get_origin(kind) or kind
+    if plain is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if plain is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, plain if plain in (bool, str, dict, list, NoneType) else str)
 
 
 def make_trainer(
@@ -270,12 +298,13 @@ def make_trainer(
             seed=config.seed,
             reduce_weight=config.reduce_weight if config.method == "sasft" else 0.0,
             token_penalty=config.token_penalty if config.method == "token-penalty" else 0.0,
-            tag_column=config.tag_column,
+            tag_column="language",
             use_cpu=backbone.device.type == "cpu",
             report_to="none",
             **{"logging_steps": 5.0, "save_total_limit": 2, **extra},
         )
-        rows = [{**sample.row, config.tag_column: sample.tag} for sample in train]
+        # Under a name of our own: the column of the user's may be called like one of TRL's.
+        rows = [{**sample.row, "language": sample.tag} for sample in train]
         return SASFTTrainer(
             backbone.model,
             args,
@@ -288,7 +317,7 @@ def make_trainer(
         )
     except QwenScopeError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         # What TRL, PEFT or transformers refuse, they say in one sentence or two.
         raise QwenScopeError(
             f"expected options that TRL takes together, found that {reason(error)}; change them"
@@ -299,6 +328,7 @@ def _train(trainer: SASFTTrainer, stop: Stop, folder: Path) -> None:
     """All updates that are still to be done.
 
     Raises:
+        QwenScopeError: no samples to make an update of.
         Stopped: somebody asked for it; progress is saved.
     """
     from transformers import TrainerCallback
@@ -310,9 +340,13 @@ def _train(trainer: SASFTTrainer, stop: Stop, folder: Path) -> None:
             return control
 
     trainer.add_callback(Asked())
-    last = last_checkpoint(folder / "checkpoints")
-    trainer.train(resume_from_checkpoint=None if last is None else str(last[1]))
+    train_on(trainer, last_checkpoint(folder / "checkpoints"))
     if trainer.state.global_step < trainer.state.max_steps:
+        if not stop.asked:
+            raise QwenScopeError(
+                f"expected samples for {trainer.state.max_steps} updates, found that they ended after "
+                f"{trainer.state.global_step}; give more, or raise max_length if it cuts all of their completions off"
+            )
         raise Stopped(
             f"stopped after {trainer.state.global_step} of {trainer.state.max_steps} updates; the same command goes on from there"
         )

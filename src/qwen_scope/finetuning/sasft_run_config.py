@@ -121,6 +121,10 @@ class SASFTRun:
         for name in ("lora_rank", "reduce_weight", "token_penalty", "temperature", "texts_each", "seed", "warmup"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise QwenScopeError(f"expected {name} of 0 or more, found {getattr(self, name)}; choose such a number")
+        if self.warmup >= 1:
+            raise QwenScopeError(
+                f"expected warmup as a share of the updates below 1, found {self.warmup}; choose such as 0.03"
+            )
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise QwenScopeError(f"expected {name} above 0, found {getattr(self, name)}; choose such a number")
@@ -140,8 +144,12 @@ class SASFTRun:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two runs so that one cannot go on as the other, as `name was a and is b`."""
     names = ("samples", *(field.name for field in fields(SASFTRun) if field.name not in FREE_TO_CHANGE))
-    return [
+    found = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in names
         if before.get(name) != now.get(name)
     ]
+    # Known once the samples have been read.
+    if "content" in before and "content" in now and before["content"] != now["content"]:
+        found.append("the samples hold something else than before")
+    return found

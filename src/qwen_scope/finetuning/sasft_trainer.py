@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qwen_scope.errors import QwenScopeError
 from qwen_scope.finetuning.finite import FiniteSteps
+from qwen_scope.finetuning.old_names import old_names_allowed
 from qwen_scope.finetuning.reduce import Rows
 from qwen_scope.finetuning.residuals import caught, caught_last, trainable_below
 from qwen_scope.finetuning.restraints import Restraints
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 TAGS = "tag_ids"
 """The column, and the key of a batch, that holds the number of the tag of each token's sample."""
+TRLS_OWN = {
+    "input_ids", "labels", "attention_mask", "position_ids", "seq_lengths", "completion_mask", "assistant_masks", "text",
+    "messages", "conversations", "prompt", "completion", "tools", "chat_template_kwargs", TAGS,
+}  # fmt: skip
+"""Columns that mean something to TRL, and so cannot hold tags."""
 
 
 class SASFTTrainer(FiniteSteps, SFTTrainer):
@@ -97,7 +103,8 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
         if (tokenizer := options.get("processing_class")) is not None and hasattr(tokenizer, "get_vocab"):
             self.restraints.check_tokenizer(tokenizer)
         # TRL's constructor prepares the data sets, which needs what is set above.
-        super().__init__(model, config, **options)
+        with old_names_allowed():
+            super().__init__(model, config, **options)
         tokenizer = self._tokenizer
         self.restraints.check_tokenizer(tokenizer)
         self.base: Any = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -158,6 +165,10 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
                 f"expected a column {column!r} with each sample's tag in the {name} data set, found "
                 f"{', '.join(dataset.column_names)}; add it, or name it with tag_column"
             )
+        if column in TRLS_OWN:
+            raise QwenScopeError(
+                f"expected tags in a column that TRL leaves alone, found tag_column = {column!r}, which it reads; rename it"
+            )
         tags, known = dataset[column], self.restraints.tags
         unknown = [(at, tag) for at, tag in enumerate(tags) if tag not in known]
         if unknown:
@@ -187,7 +198,8 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own: Tensor = found[0] if return_outputs else found
         count = counted.sum()
-        tokens = count.clamp_min(1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        # At least 1, as TRL does: a step without label tokens has a loss of 0, and no 0 / 0.
+        tokens = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp_min(1)
         # Gradients are averaged over processes, and `tokens` are those of all of them; as TRL does.
         whole = self.args.average_tokens_across_devices and num_items_in_batch is not None
         scale = self.accelerator.num_processes // self.get_tp_size() if whole else 1

@@ -14,59 +14,28 @@ from qwen_scope.errors import QwenScopeError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NOT_LATIN: Mapping[str, tuple[str, ...]] = {
-    "am": ("Ethiopic",), "ar": ("Arabic",), "be": ("Cyrillic",), "bg": ("Cyrillic",), "bn": ("Bengali",), "el": ("Greek",),
-    "fa": ("Arabic",), "gu": ("Gujarati",), "he": ("Hebrew",), "hi": ("Devanagari",), "hy": ("Armenian",),
-    "ja": ("Han", "Hiragana", "Katakana"), "ka": ("Georgian",), "kk": ("Cyrillic",), "km": ("Khmer",), "kn": ("Kannada",),
-    "ko": ("Hangul",), "lo": ("Lao",), "mk": ("Cyrillic",), "ml": ("Malayalam",), "mn": ("Cyrillic",), "mr": ("Devanagari",),
-    "my": ("Myanmar",), "ne": ("Devanagari",), "pa": ("Gurmukhi",), "ru": ("Cyrillic",), "si": ("Sinhala",),
-    "sr": ("Cyrillic", "Latin"), "ta": ("Tamil",), "te": ("Telugu",), "th": ("Thai",), "uk": ("Cyrillic",), "ur": ("Arabic",),
-    "yi": ("Hebrew",), "zh": ("Han", "Bopomofo"),
+_OF_SCRIPT = {
+    "Arabic": "ar fa ks ku ps sd ug ur", "Armenian": "hy", "Bengali": "as bn", "Bopomofo": "zh",
+    "Canadian_Aboriginal": "cr iu oj", "Cyrillic": "ab av ba be bg ce cv kk kv ky mk mn os ru sr tg tt uk",
+    "Devanagari": "hi ks mr ne sa", "Ethiopic": "am ti",
+    "Georgian": "ka", "Greek": "el", "Gujarati": "gu", "Gurmukhi": "pa", "Han": "ja zh", "Hangul": "ko", "Hebrew": "he yi",
+    "Hiragana": "ja", "Kannada": "kn", "Katakana": "ja", "Khmer": "km", "Lao": "lo", "Malayalam": "ml", "Mongolian": "mn",
+    "Myanmar": "my", "Oriya": "or", "Sinhala": "si", "Tamil": "ta", "Telugu": "te", "Thaana": "dv", "Thai": "th",
+    "Tibetan": "bo dz", "Yi": "ii",
+    "Latin": (
+        "aa af ak an ay az bi bm br bs ca ch co cr cs cy da de ee en eo es et eu ff fi fj fo fr fy ga gd gl gn gv ha ho hr ht "
+        "hu hz ia id ie ig ik io is it iu jv kg ki kj kl kr ku kw la lb lg li ln lt lu lv mg mh mi ms mt na nb nd ng nl nn no "
+        "nr nv ny oc oj om pl pt qu rm rn ro rw sc se sg sk sl sm sn so sq sr ss st su sv sw tk tl tn to tr ts tw ty uz ve vi "
+        "vo wa wo xh yo za zu"
+    ),
 }  # fmt: skip
-"""Scripts of languages that are not written in Latin letters alone, by ISO 639-1 code. Chinese characters in Korean text are not
-among Korean's: Chinese that leaks into it is what is looked for."""
-LATIN = [
-    "af",
-    "az",
-    "bs",
-    "ca",
-    "cs",
-    "cy",
-    "da",
-    "de",
-    "en",
-    "es",
-    "et",
-    "eu",
-    "fi",
-    "fr",
-    "ga",
-    "gl",
-    "hr",
-    "hu",
-    "id",
-    "is",
-    "it",
-    "lt",
-    "lv",
-    "ms",
-    "mt",
-    "nl",
-    "no",
-    "pl",
-    "pt",
-    "ro",
-    "sk",
-    "sl",
-    "sq",
-    "sv",
-    "sw",
-    "tl",
-    "tr",
-    "uz",
-    "vi",
-]
-"""Languages written in Latin letters."""
+"""Languages by ISO 639-1 code that are written in each script. Chinese characters in Korean text are not among Korean's: Chinese
+that leaks into it is what is looked for."""
+SCRIPTS: Mapping[str, tuple[str, ...]] = {
+    code: tuple(script for script, codes in _OF_SCRIPT.items() if code in codes.split())
+    for code in sorted({code for codes in _OF_SCRIPT.values() for code in codes.split()})
+}
+"""Scripts of each language, by ISO 639-1 code."""
 
 
 def scripts_of(language: str) -> tuple[str, ...]:
@@ -76,10 +45,8 @@ def scripts_of(language: str) -> tuple[str, ...]:
         QwenScopeError: neither.
     """
     code = re.split("[-_]", language)[0].lower()
-    if code in NOT_LATIN:
-        return NOT_LATIN[code]
-    if code in LATIN:
-        return ("Latin",)
+    if code in SCRIPTS:
+        return SCRIPTS[code]
     letters_of((language,))
     return (language,)
 

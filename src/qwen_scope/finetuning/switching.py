@@ -30,7 +30,8 @@ def switch_ratio(
     Letters are characters of Unicode's category L; a script is Unicode's property Script. Characters common to several scripts
     (digits, punctuation, most symbols) never count, nor do the scripts of the language intended: kanji in a Japanese text are no
     Chinese. What the text has besides does not matter: one word in another script is enough, and a text without letters does not
-    switch. Languages that share all of their scripts, such as French and English, cannot be told apart so.
+    switch. Without `into`, a Greek letter in a formula and a Latin name in a Chinese text are letters like others. Languages that
+    share all of their scripts, such as French and English, cannot be told apart so.
 
     Args:
         texts: what was generated, without the prompts.
