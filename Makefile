@@ -12,7 +12,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 bench: $(VENV)/.installed
@@ -30,6 +30,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/steer.py
 	$(BIN)/python benchmarks/sasft.py
 	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/app.py
 	$(BIN)/python benchmarks/table.py
 
 docs: $(VENV)/.installed-dev

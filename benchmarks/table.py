@@ -47,6 +47,7 @@ def tables(name: str, results: Path) -> str:
         "steer": steer,
         "sasft": sasft,
         "serve": serve,
+        "app": app,
         "footprints": footprints,
     }
     return made[found["benchmark"]](found)
@@ -183,7 +184,7 @@ def sasft(found: Found) -> str:
         f"Loss and gradient of {parameters['rows']} samples of {parameters['tokens']} tokens on the bundled model in float32, "
         f"{conditions(found)} Medians of {found['rounds']} interleaved rounds. TRL's `SFTTrainer` takes "
         f"{duration(seconds['sft'])}, `SASFTTrainer` with {len(parameters['features'])} features at two layers "
-        f"{duration(seconds[OURS])}: {found['added']:+.1%} (quartiles {low:+.1%} to {high:+.1%})."
+        f"{duration(seconds[OURS])}: {found['added']:+.1%} (quartiles {low:+.1%} to {high:+.1%}).\n"
     )
 
 
@@ -202,6 +203,19 @@ def serve(found: Found) -> str:
         f"second third of the time and {memory['last third']:.0f} MiB in the last."
     )
     return f"{about}\n\n{table(['request', 'count'], rows)}\n"
+
+
+def app(found: Found) -> str:
+    parameters = found["parameters"]
+    about = (
+        f"The bundled model in float32, {conditions(found)} Medians of {parameters['rounds']} visitors and the quartiles; texts "
+        f"of {parameters['tokens']} tokens, at all layers of the suite. The server runs on the same processor as the browser."
+    )
+    rows = [
+        [name, f"{1000 * seconds:.0f} ms", " to ".join(f"{1000 * end:.0f}" for end in found["quartiles"][name])]
+        for name, seconds in found["seconds"].items()
+    ]
+    return f"{about}\n\n{table(['until', 'median', 'quartiles'], rows)}\n"
 
 
 def harvest(found: Found) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from app_browser import CHROMIUM
 
 from qwen_scope.kernels import Kernel
 
@@ -30,7 +31,9 @@ ALWAYS_COMMITTED = {
     "classify",
     "footprints",
     "steer",
+    "sasft",
     "serve",
+    "app",
 }
 MARKED = {"README.md": {"summary"}, "docs/performance.md": ALWAYS_COMMITTED | {"encode-large"}}
 SCRIPTS = [
@@ -47,6 +50,7 @@ SCRIPTS = [
     "sasft",
     "serve",
     "footprints",
+    *(["app"] if CHROMIUM else []),
 ]
 WAYS = {"card", "qwen_scope", "qwen_scope_prepared"}
 
@@ -95,6 +99,7 @@ def check_structure(found: dict[str, Any]) -> None:
         "sasft": check_sasft,
         "serve": check_serve,
         "footprints": check_footprints,
+        "app": check_app,
     }
     checks[found["benchmark"]](found)
 
@@ -249,6 +254,13 @@ def check_serve(found: dict[str, Any]) -> None:
     assert sum(load["requests"].values()) > 0
     assert load["left_running"] == 0
     assert min(load["resident_mib"].values()) > 0
+
+
+def check_app(found: dict[str, Any]) -> None:
+    assert set(found["seconds"]) == {"first paint", "page can be used", "Prompt", "Compare"}
+    for name, seconds in found["seconds"].items():
+        low, high = found["quartiles"][name]
+        assert 0 < low <= seconds <= high
 
 
 def check_footprints(found: dict[str, Any]) -> None:

@@ -300,6 +300,20 @@ def test_the_importance_ratio_needs_the_models_own_distribution(tmp_path, name, 
     assert RareNegativesConfig(**{**options, "steering": None}, loss_type="vespo", num_generations=2)
 
 
+def test_the_importance_ratio_needs_no_generation_options_of_the_models_own(make, make_model):
+    model = make_model("llama")
+    model.generation_config.no_repeat_ngram_size = 3
+    assert make(model=model, off_policy="as_reported")
+    with pytest.raises(QwenScopeError, match="found no_repeat_ngram_size = 3 in its generation_config"):
+        make(model=model, off_policy="corrected")
+
+
+def test_too_few_prompts_for_one_batch_are_refused(make):
+    few = {"per_device_train_batch_size": (len(PROMPTS) + 1) * G}
+    with pytest.raises(QwenScopeError, match=f"expected at least {len(PROMPTS) + 1} prompts.*found {len(PROMPTS)}"):
+        make(**few)
+
+
 def a_tool(x: int) -> int:
     """Doubles.
 

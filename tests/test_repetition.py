@@ -79,6 +79,10 @@ def own_reward(prompts, completions, completion_ids, **rest):
     return [float(len(text)) for text in completions]
 
 
+def partial_reward(completion_ids, **rest):
+    return [None, 1.5]
+
+
 def short_reward(completion_ids, **rest):
     return [1.0]
 
@@ -91,6 +95,7 @@ def test_a_reward_of_the_users_own_and_what_is_wrong_with_one():
     reward = reward_of("test_repetition:own_reward")
     assert reward(prompts=["a", "b"], completions=["ab", "c"], completion_ids=[[1], [2]]) == [2, 1]
     assert reward.__name__ == "test_repetition_own_reward"
+    assert reward_of("test_repetition:partial_reward")(completion_ids=[[1], [2]]) == [None, 1.5]
     with pytest.raises(QwenScopeError, match="found 1 values"):
         reward_of("test_repetition:short_reward")(completion_ids=[[1], [2]])
     with pytest.raises(QwenScopeError, match="0 are finite"):

@@ -109,6 +109,26 @@ def test_loss_and_gradient_agree_with_the_dense_dictionary():
     assert 0 < above < pairs
 
 
+def test_norm_outliers_add_nothing():
+    suite = Suite.of({0: random_sae(seed=3)})
+    rows = Rows.of(Restraints.of([Restrained("0/3", "xx", {"en": -50.0})], suite), suite)[0]
+    x = torch.randn(2, 9, D_MODEL, generator=torch.Generator().manual_seed(1))
+    tags, counted = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.bool)  # tag 1 is en
+    without = counted.clone()
+    without[1, 4] = False
+    expected = rows.excess(x, tags, without)
+    x[1, 4] *= 40
+    found = rows.excess(x, tags, counted)
+    assert torch.equal(found.total, expected.total)
+    assert found.pairs == expected.pairs == 17
+    assert counted.all(), "what the caller gave is unchanged"
+    # One that does not count is no yardstick either.
+    x[:, :8] *= 40
+    last = torch.zeros(2, 9, dtype=torch.bool)
+    last[:, 8] = True
+    assert rows.excess(x, tags, last).pairs == 2
+
+
 def dense_reference(model, suite, restraints, batch, tokens) -> torch.Tensor:
     """L_reduce from the whole dictionaries in float64, on the residuals that transformers gives."""
     given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
@@ -287,6 +307,33 @@ def test_token_penalty_lowers_the_probability(make_model, restrained, suite, tmp
         masses[weight] = [row["penalised_mass"] for row in tuned.state.log_history if "penalised_mass" in row]
     assert masses[1e-6][0] == pytest.approx(masses[50.0][0], rel=1e-3)
     assert masses[50.0][-1] < 0.8 * masses[1e-6][-1]
+
+
+def test_a_weight_that_does_next_to_nothing_is_told_once(make_model, restrained, suite, tmp_path, caplog):
+    for weight in (1e-4, 1.0):
+        caplog.clear()
+        tuned = trainer(make_model("llama"), tmp_path, restrained, suite, reduce_weight=weight)
+        tuned.train()
+        told = [record.message for record in caplog.records if "nearly plain fine-tuning" in record.message]
+        assert len(told) == (weight == 1e-4)
+    caplog.clear()
+    first = next(row for row in tuned.state.log_history if "reduce_loss" in row)
+    assert first["reduce_loss"] > 0.01 * first["sft_loss"]
+
+
+def test_a_penalty_needs_logits_of_the_head_alone(make_model, restrained, suite, tmp_path):
+    model = make_model("llama")
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(QwenScopeError, match=r"found final_logit_softcapping = 30\.0"):
+        SASFTTrainer(
+            model,
+            config(tmp_path, token_penalty=1.0),
+            restraints=restrained,
+            suite=suite,
+            penalised_tokens=range(50, 150),
+            train_dataset=dataset(),
+            processing_class=make_tokenizer(),
+        )
 
 
 def test_an_sft_config_is_taken(make_model, restrained, suite, tmp_path, monkeypatch, unchecked):

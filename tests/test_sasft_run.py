@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 
 from qwen_scope.cli import main
 from qwen_scope.errors import QwenScopeError
+from qwen_scope.finetuning.evaluate import Evaluation, Spoken
 from qwen_scope.finetuning.restraints import Restraints
 from qwen_scope.finetuning.samples import Sample
+from qwen_scope.finetuning.sasft_report import switched
 from qwen_scope.finetuning.sasft_run import finetune_sasft, split, trl_options
 from qwen_scope.finetuning.sasft_run_config import SASFTRun
 from qwen_scope.suite import Suite
@@ -195,7 +197,9 @@ def test_features_and_drift_as_commands(home, whole, tmp_path, capsys):
     main(["finetune", "features", str(home / "samples.jsonl"), "--home", "ru", "--out", str(out), *source])
     assert "of ru, monolinguality" in capsys.readouterr().out
     assert Restraints.load(out).layers == [1, 2]
-    arguments = ["finetune", "drift", str(whole / "model"), "--samples", str(home / "samples.jsonl"), "--json", *source]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "the capital of France is Paris"}\n{"text": "and the capital of Italy is Rome"}\n')
+    arguments = ["finetune", "drift", str(whole / "model"), "--samples", str(texts), "--json", *source]
     # A model that was trained for six steps has drifted or not: either way it is told.
     with suppress(SystemExit):
         main(arguments)
@@ -283,15 +287,25 @@ def evidence() -> ModuleType:
 def test_the_table_is_that_of_the_committed_figures():
     script = evidence()
     page = script.PAGE.read_text(encoding="utf-8")
-    if not script.RESULT.exists():
-        pytest.skip("the evidence has not been made yet: run scripts/finetuning_evidence/code_switch.py")
     assert script.with_table(page) == page
     found = json.loads(script.RESULT.read_text(encoding="utf-8"))
-    assert list(found["arms"]) == list(script.ARMS)
-    assert (found["breaking"], found["mending"]) == (script.BREAKING, script.MENDING)
-    for name in ("sft", "token-penalty 1", "sasft 0.1"):
-        assert len(found["arms"][name]["switch_ratio_of_each_seed"]) == len(found["seeds"])
-        assert name in page
+    assert (found["breaking"], found["updates"]) == (script.BREAKING, script.UPDATES)
+    for kind, arms in script.ARMS.items():
+        assert list(found[kind]["arms"]) == list(arms)
+        for name in arms:
+            assert len(found[kind]["arms"][name]["switch_ratio_of_each_seed"]) == len(found["seeds"])
+            assert name in page
+
+
+def test_switches_are_told_with_their_interval():
+    def spoken(switched: list[bool]) -> Evaluation:
+        texts = [Spoken("en", f"beginning {at // 2}", "text", each) for at, each in enumerate(switched)]
+        return Evaluation({}, {}, tuple(texts))
+
+    told = switched(spoken([True, True] * 3 + [False, False] * 3), "en")
+    assert told == "50.0% of 12 [16.7%, 83.3%]"
+    assert switched(spoken([False] * 4), "en") == "0.0% of 4"
+    assert switched(spoken([]), "en") == "–"
 
 
 def test_figures_are_summed_up_with_the_same_prompts_and_seeds_together():
@@ -299,7 +313,6 @@ def test_figures_are_summed_up_with_the_same_prompts_and_seeds_together():
 
     def report(switched: list[bool], loss: float) -> dict:
         return {
-            "before": {"switch_ratio": {"en": 0.0}, "perplexity": {"en": 3.0, "zh": 2.0}},
             "after": {
                 "switch_ratio": {"en": sum(switched) / len(switched)},
                 "perplexity": {"en": 3.0, "zh": 2.0},
@@ -313,12 +326,13 @@ def test_figures_are_summed_up_with_the_same_prompts_and_seeds_together():
 
     found = {
         (name, seed): report([seed == 0, name == "sft", True, True], 1.0 if name == "sft" else 1.5)
-        for name in script.ARMS
+        for name in ("sft", "sasft 0.1")
         for seed in (0, 1)
     }
-    summed = script.summed_up(report([True] * 4, 1.0), found, range(2))
+    summed = script.summed_up(found, ["sft", "sasft 0.1"], range(2))
     assert summed["arms"]["sft"]["switch_ratio_of_each_seed"] == [1.0, 0.75]
     assert summed["arms"]["sasft 0.1"]["switch_ratio_of_each_seed"] == [0.75, 0.5]
     assert summed["arms"]["sasft 0.1"]["switches_less_sft"]["mean"] == pytest.approx(-0.25)
     assert summed["arms"]["sasft 0.1"]["loss_less_sft"]["en"]["mean"] == pytest.approx(0.5)
-    assert "| **sasft 0.1** | 62.5% (75.0%, 50.0%) |" in script.table(summed)
+    table = script.table({"stages": {}, "mending": summed, "keeping": summed})
+    assert table.count("| **sasft 0.1** | 62.5% (75.0%, 50.0%) |") == 2

@@ -181,6 +181,7 @@ def test_restraints_are_kept_in_a_file(suite, tmp_path, tokenizer):
         lambda suite: Restrained("1/5", "xx", {}),
         lambda suite: Restrained("1/5", "xx", {"xx": 1.0}),
         lambda suite: Restrained("1/5", "xx", {"en": float("nan")}),
+        lambda suite: Restrained("1/5", "xx", {"en": -1e300}),
         lambda suite: Restrained("five", "xx", {"en": 1.0}),
         lambda suite: Restraints.of([], suite),
         lambda suite: Restraints.of([Restrained("9/5", "xx", {"en": 1.0})], suite),

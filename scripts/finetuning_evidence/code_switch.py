@@ -1,15 +1,17 @@
-"""Makes the figures on code-switching of docs/finetuning.md anew: a small model that falls into Chinese, and ways to mend it.
+"""Makes the figures on code-switching of docs/finetuning.md anew: fine-tuning that makes a model switch, and ways to mend it.
 
-python scripts/finetuning_evidence/code_switch.py            # everything, then the table; half an hour on 2 cores
+python scripts/finetuning_evidence/code_switch.py            # everything, then the tables; an hour on 2 cores
 python scripts/finetuning_evidence/code_switch.py --seeds 1  # fewer seeds, sooner; more can follow
-python scripts/finetuning_evidence/code_switch.py --table    # only the table, from the figures that are there
+python scripts/finetuning_evidence/code_switch.py --table    # only the tables, from the figures that are there
 
-1. The bundled model is fine-tuned on Chinese, and on English that breaks off into Chinese: it code-switches then.
-2. That model is fine-tuned on clean English and Chinese, the same samples and updates for every arm and seed: plainly (sft), with
-   the probability of tokens of Chinese script penalised on English (token-penalty), and by SASFT; the latter two with two weights
-   each.
-3. Of each: perplexity in both languages, and how many texts that go on from English beginnings hold a Chinese character. Chapters
-   that are measured on were not trained on.
+*Mending.* The bundled model is fine-tuned on Chinese, and on English that breaks off into Chinese: it code-switches then. That
+model is fine-tuned on clean English and Chinese, the same samples and updates for every arm and seed.
+
+*Keeping.* The bundled model is fine-tuned on the bad samples themselves, in every way: does it learn to switch from them?
+
+The ways: plainly (sft), with the probability of tokens of Chinese script penalised on English (token-penalty), and by SASFT. Of
+each: perplexity in both languages, and how many texts that go on from English beginnings hold a Chinese character. Chapters that
+are measured on were not trained on.
 
 The text is Debian Reference in English and Chinese (GPL-2 or later), fetched with apt-get at a pinned version and not
 redistributed. Models and texts are kept in build/finetuning_evidence/code_switch as they come: Ctrl-C, and the same command
@@ -45,12 +47,20 @@ HELD_OUT = ("ch02", "ch06")
 """Chapters that are measured on: packages, and the net."""
 SEEDS = 3
 """Orders of the samples, and seeds of the texts."""
-ARMS: dict[str, dict[str, Any]] = {
-    "sft": {"method": "sft"},
-    "token-penalty 1": {"method": "token-penalty", "token_penalty": 1.0},
-    "token-penalty 10": {"method": "token-penalty", "token_penalty": 10.0},
-    "sasft 0.1": {"method": "sasft", "reduce_weight": 0.1},
-    "sasft 0.5": {"method": "sasft", "reduce_weight": 0.5},
+PLAIN, PENALTY = {"sft": {"method": "sft"}}, {"token-penalty 10": {"method": "token-penalty", "token_penalty": 10.0}}
+ARMS: dict[str, dict[str, dict[str, Any]]] = {
+    "mending": {
+        **PLAIN,
+        **PENALTY,
+        "sasft 0.05": {"method": "sasft", "reduce_weight": 0.05},
+        "sasft 0.5": {"method": "sasft", "reduce_weight": 0.5},
+    },
+    "keeping": {
+        **PLAIN,
+        **PENALTY,
+        "sasft 0.1": {"method": "sasft", "reduce_weight": 0.1},
+        "sasft 0.1, 40 features": {"method": "sasft", "reduce_weight": 0.1, "restraints": "40.json"},
+    },
 }
 COMMON = {
     "home": ("zh",),
@@ -64,7 +74,7 @@ COMMON = {
     "save_every": 1000,
 }
 BREAKING = {"steps": 70, "learning_rate": 1.5e-4}
-MENDING = {"steps": 25, "learning_rate": 2e-5}
+UPDATES = {"mending": {"steps": 25, "learning_rate": 2e-5}, "keeping": {"steps": 35, "learning_rate": 2e-4}}
 MEASURED_ON = 24
 """Samples of each language kept for the figures."""
 LONGEST = {"en": 300, "zh": 100}
@@ -85,31 +95,69 @@ def main() -> None:
 
 
 def run(work: Path, seeds: Sequence[int]) -> None:
-    """Makes the switching model, mends it in every way, and writes the figures."""
+    """Makes the switching model, trains in every way, and writes the figures."""
     from qwen_scope.cli.common import quiet_loading
 
     quiet_loading()
     texts(work)
     broken = once(work / "broken", work / "mixed.jsonl", {**BREAKING, "method": "sft"})
     print(f"broken: {line(broken)}", flush=True)
-    found, first = {}, work / f"{next(iter(ARMS)).replace(' ', '-')}-0"
-    for seed in seeds:
-        for name, arm in ARMS.items():
-            folder = work / f"{name.replace(' ', '-')}-{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            # What does not depend on the arm is measured once: the features and the figures before.
-            for file in ("before.json", "before.safetensors", "restraints.json"):
-                if (first / file).exists() and not (folder / file).exists():
-                    shutil.copy(first / file, folder / file)
-            options = {**MENDING, **arm, "seed": seed, "model": str(work / "broken" / "model")}
-            found[name, seed] = once(folder, work / "clean.jsonl", options)
-            for large in ("model", "checkpoints"):
-                shutil.rmtree(folder / large, ignore_errors=True)
-            print(f"{name}, seed {seed}: {line(found[name, seed])}", flush=True)
+    measure_limits(work)
+    given = {
+        "mending": (work / "clean.jsonl", {"model": str(work / "broken" / "model")}, work / "sft-0"),
+        # Limits of the model as it comes, in clean English: the samples that are trained on are none.
+        "keeping": (work / "mixed.jsonl", {"restraints": "4.json"}, work / "broken"),
+    }
+    result: dict[str, Any] = {
+        "texts": f"Debian Reference {VERSION}, English and Chinese",
+        "common": {**COMMON, "measured_on": MEASURED_ON},
+        "breaking": BREAKING,
+        "updates": UPDATES,
+        "seeds": list(seeds),
+        "stages": {
+            name: {"switch_ratio": of["switch_ratio"]["en"], "perplexity": of["perplexity"]}
+            for name, of in (("as it comes", broken["before"]), ("made to switch", broken["after"]))
+        },
+    }
+    for kind, (samples, options, first) in given.items():
+        found = {}
+        for seed in seeds:
+            for name, arm in ARMS[kind].items():
+                folder = (
+                    work / f"{'' if kind == 'mending' else kind + '-'}{name.replace(' ', '-').replace(',', '')}-{seed}"
+                )
+                folder.mkdir(parents=True, exist_ok=True)
+                # What does not depend on the arm is measured once: the features and the figures before.
+                for file in ("before.json", "before.safetensors", *(["restraints.json"] if kind == "mending" else [])):
+                    if (first / file).exists() and not (folder / file).exists():
+                        shutil.copy(first / file, folder / file)
+                found[name, seed] = once(folder, samples, {**UPDATES[kind], **options, **arm, "seed": seed})
+                for large in ("model", "checkpoints"):
+                    shutil.rmtree(folder / large, ignore_errors=True)
+                print(f"{kind}, {name}, seed {seed}: {line(found[name, seed])}", flush=True)
+        result[kind] = summed_up(found, list(ARMS[kind]), seeds)
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(
-        json.dumps(summed_up(broken, found, seeds), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
+    RESULT.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_limits(work: Path) -> None:
+    """Writes the features of Chinese and their levels in clean English, of the model as it comes."""
+    if (work / "40.json").exists():
+        return
+    from qwen_scope import Scope
+    from qwen_scope.finetuning import specific_features
+    from qwen_scope.finetuning.samples import Sample
+
+    scope = Scope.from_pretrained()
+    rows = [json.loads(row) for row in (work / "clean.jsonl").read_text(encoding="utf-8").splitlines()]
+    samples = [
+        Sample.of(row["text"], tag)
+        for tag in ("en", "zh")
+        for row in [row for row in rows if row["language"] == tag][:64]
+    ]
+    for each in (2, 20):
+        found = specific_features(scope.backbone, scope.suite, samples, ["zh"], count=each)
+        found.save(work / f"{len(found.features)}.json")
 
 
 def once(folder: Path, samples: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +166,8 @@ def once(folder: Path, samples: Path, options: dict[str, Any]) -> dict[str, Any]
         return json.loads((folder / "report.json").read_text(encoding="utf-8"))
     from qwen_scope.finetuning import SASFTRun, finetune_sasft
 
+    if "restraints" in options:
+        options["restraints"] = folder.parent / options["restraints"]
     return finetune_sasft(
         samples, folder, SASFTRun(**{**COMMON, "evaluate_on": folder.parent / "held.jsonl", **options})
     )
@@ -131,7 +181,7 @@ def line(report: dict[str, Any]) -> str:
 
 
 def summed_up(
-    broken: dict[str, Any], found: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int]
+    found: dict[tuple[str, int], dict[str, Any]], names: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, Any]:
     """The figures of all arms, with intervals, each arm beside plain fine-tuning with the same seeds and samples."""
     from qwen_scope.evidence.statistics import bootstrap
@@ -144,8 +194,8 @@ def summed_up(
     def losses(name: str, tag: str) -> np.ndarray:
         return np.array([found[name, seed]["after"]["losses"][tag] for seed in seeds]).T
 
-    arms, plain = {}, next(iter(ARMS))
-    for name in ARMS:
+    arms, plain = {}, names[0]
+    for name in names:
         figures: dict[str, Any] = {
             "switch_ratio": vars(bootstrap(switches(name), RESAMPLES, 0)),
             "switch_ratio_of_each_seed": switches(name).mean(0).tolist(),
@@ -161,7 +211,7 @@ def summed_up(
                     ),
                     "overlap": float(np.mean([found[name, seed]["drift"]["layers"][at]["overlap"] for seed in seeds])),
                 }
-                for at, layer in enumerate(found[name, 0]["drift"]["layers"])
+                for at, layer in enumerate(found[name, seeds[0]]["drift"]["layers"])
             ],
             "reduce_loss": [[row["reduce_loss"] for row in found[name, seed]["history"]] for seed in seeds],
         }
@@ -171,26 +221,12 @@ def summed_up(
                 tag: vars(bootstrap(losses(name, tag) - losses(plain, tag), RESAMPLES, 0)) for tag in ("en", "zh")
             }
         arms[name] = figures
-    first = found[plain, 0]
-    stages = {
-        "as it comes": broken["before"],
-        "made to switch": broken["after"],
-    }
     return {
-        "texts": f"Debian Reference {VERSION}, English and Chinese",
-        "common": {**COMMON, "measured_on": MEASURED_ON},
-        "breaking": BREAKING,
-        "mending": MENDING,
-        "seeds": list(seeds),
-        "features": first["features"],
-        "stages": {
-            name: {"switch_ratio": of["switch_ratio"]["en"], "perplexity": of["perplexity"]}
-            for name, of in stages.items()
-        },
+        "features": found[plain, seeds[0]]["features"],
         "arms": arms,
         "examples": {
-            name: [each["prompt"] + "|" + each["text"] for each in found[name, 0]["after"]["spoken"][:4]]
-            for name in ARMS
+            name: [each["prompt"] + "|" + each["text"] for each in found[name, seeds[0]]["after"]["spoken"][:4]]
+            for name in names
         },
     }
 
@@ -309,43 +345,45 @@ def table(result: dict[str, Any]) -> str:
     head = (
         "model",
         "texts that switch (each seed)",
-        "less than sft, 95 % interval",
+        "beside sft, 95 % interval",
         "perplexity en",
         "zh",
-        "loss en less than sft, 95 % interval",
+        "loss en beside sft, 95 % interval",
         "zh",
     )
-    rows = [
-        [
-            name,
-            f"{of['switch_ratio']:.1%}",
-            "",
-            f"{of['perplexity']['en']:.2f}",
-            f"{of['perplexity']['zh']:.2f}",
-            "",
-            "",
+    parts = []
+    for kind, title in (("mending", "Mending a model that switches"), ("keeping", "Training on samples that switch")):
+        rows = [
+            stage(name, of) for name, of in result["stages"].items() if (name, kind) != ("made to switch", "keeping")
         ]
-        for name, of in result["stages"].items()
-    ]
-    for name, of in result["arms"].items():
-        seeds = ", ".join(f"{value:.1%}" for value in of["switch_ratio_of_each_seed"])
-        fewer, loss = of.get("switches_less_sft"), of.get("loss_less_sft", {})
-        rows.append(
-            [
-                f"**{name}**",
-                f"{of['switch_ratio']['mean']:.1%} ({seeds})",
-                "–" if fewer is None else f"{fewer['mean']:+.1%}, {fewer['low']:+.1%} to {fewer['high']:+.1%}",
-                f"{of['perplexity']['en']:.2f}",
-                f"{of['perplexity']['zh']:.2f}",
-                *(
-                    "–"
-                    if tag not in loss
-                    else f"{loss[tag]['mean']:+.3f}, {loss[tag]['low']:+.3f} to {loss[tag]['high']:+.3f}"
-                    for tag in ("en", "zh")
-                ),
-            ]
+        rows += [row(name, of) for name, of in result[kind]["arms"].items()]
+        parts.append(
+            f"**{title}**\n\n" + "\n".join(f"| {' | '.join(of)} |" for of in (head, ["---"] * len(head), *rows))
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def stage(name: str, of: dict[str, Any]) -> list[str]:
+    """A row of a model before."""
+    perplexity = of["perplexity"]
+    return [name, f"{of['switch_ratio']:.1%}", "", f"{perplexity['en']:.2f}", f"{perplexity['zh']:.2f}", "", ""]
+
+
+def row(name: str, of: dict[str, Any]) -> list[str]:
+    """A row of an arm."""
+    seeds = ", ".join(f"{value:.1%}" for value in of["switch_ratio_of_each_seed"])
+    fewer, loss = of.get("switches_less_sft"), of.get("loss_less_sft")
+    return [
+        f"**{name}**",
+        f"{of['switch_ratio']['mean']:.1%} ({seeds})",
+        "–" if fewer is None else f"{fewer['mean']:+.1%}, {fewer['low']:+.1%} to {fewer['high']:+.1%}",
+        f"{of['perplexity']['en']:.2f}",
+        f"{of['perplexity']['zh']:.2f}",
+        *(
+            "–" if loss is None else f"{loss[tag]['mean']:+.3f}, {loss[tag]['low']:+.3f} to {loss[tag]['high']:+.3f}"
+            for tag in ("en", "zh")
+        ),
+    ]
 
 
 if __name__ == "__main__":

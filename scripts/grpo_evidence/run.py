@@ -1,6 +1,6 @@
 """Makes the figures of docs/finetuning-rl.md anew: repetition over training, with and without steered negatives.
 
-python scripts/grpo_evidence/run.py              # all runs, then the table and plot; half an hour on 2 cores
+python scripts/grpo_evidence/run.py              # all runs, then the table and plot; an hour on 2 cores
 python scripts/grpo_evidence/run.py --cost       # what a steered rollout costs, measured anew; a minute
 python scripts/grpo_evidence/run.py --table      # only the table and plot, from the figures that are there
 

@@ -107,9 +107,7 @@ class ModelDrift:
     tuned: tyro.conf.Positional[str]
     """The fine-tuned model: hub id or folder."""
     samples: str | None = None
-    """Texts to read, as for `finetune sasft`. Default: a small built-in sample."""
-    tag_column: str = "language"
-    """Column that holds each sample's tag."""
+    """Texts to read, as for `finetune sasft`, without tags. Default: a small built-in sample."""
     source: tyro.conf.OmitArgPrefixes[Source] = Source()
     json: bool = False
     """Print JSON."""
@@ -122,9 +120,7 @@ class ModelDrift:
         from qwen_scope.finetuning.samples import Sample, read_samples
 
         read = (
-            [Sample.of(text, "") for text in SAMPLE_TEXTS]
-            if self.samples is None
-            else read_samples(self.samples, self.tag_column)
+            [Sample.of(text, "") for text in SAMPLE_TEXTS] if self.samples is None else read_samples(self.samples, None)
         )
         scope = self.source.open()
         from qwen_scope.backbone import Backbone

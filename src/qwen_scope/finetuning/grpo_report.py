@@ -96,7 +96,7 @@ def page(report: GRPOReport, picture: str) -> str:
     config = report.config
     kind = "plain GRPO" if not report.steering else f"GRPO with rare negatives, off_policy {config.off_policy}"
     parts = [
-        f"# {plain(report.model)}, trained against repetition",
+        f"# {plain(report.model)}, trained by reinforcement learning",
         f"{kind}: {config.steps} updates of {config.prompts_per_step} prompts with {config.rollouts} rollouts each"
         + (f", one of them steered by `{report.steering}`" if report.steering else "")
         + f"; rewards {', '.join(map(plain, config.rewards))}; loss {config.loss}.",

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from datasets import Dataset
 from jaxtyping import Bool, Float
 from peft import PeftModel
 from torch import Tensor
@@ -23,6 +24,13 @@ from qwen_scope.steering.around import steered
 from qwen_scope.steering.changes import Change, Changes, Layout, changes
 from qwen_scope.steering.maxima import maxima_of
 from qwen_scope.suite import Suite
+
+SHAPING = (
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "typical_p", "epsilon_cutoff", "eta_cutoff", "min_length",
+    "min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "guidance_scale",
+    "exponential_decay_length_penalty", "watermarking_config",
+)  # fmt: skip
+"""Of a model's own generation_config, which transformers follows where TRL sets nothing: what changes the distribution."""
 
 
 class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
@@ -107,6 +115,13 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
                 environment_factory=environment_factory,
             )
         _check_tokenizer(self.model, self._tokenizer)
+        wanted = int(args.generation_batch_size or 0) // int(args.num_generations or 1)
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) < wanted:
+            # TRL drops a batch that is not full, and would end without an update.
+            raise QwenScopeError(
+                f"expected at least {wanted} prompts, as many as are generated for at once, found {len(self.train_dataset)}; "
+                "give more, or lower generation_batch_size"
+            )
         # What TRL and transformers declare is wider than what is there.
         self._policy: Any = self.model
         self._group = int(args.num_generations or 0)
@@ -115,6 +130,8 @@ class RareNegativesTrainer(FiniteSteps, GRPOTrainer):
         self._corrected: dict[str, Any] | None = None
         if not steering:
             return
+        if args.off_policy == "corrected":
+            _refuse_shaped(self.model)
         if self._is_vlm:
             _refuse(self.model, self.processing_class, None, None, None, None)
         self.suite = suite if isinstance(suite, Suite) else Suite.from_pretrained(suite)
@@ -269,6 +286,16 @@ def _check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
             f"expected a tokenizer whose ids are below {known}, which the model knows, found ids up to {largest}; use the "
             "model's own tokenizer, or resize its embeddings first"
         )
+
+
+def _refuse_shaped(model: Any) -> None:
+    """Raises a QwenScopeError for a model whose own generation options draw tokens from another distribution than its logits'."""
+    for name in SHAPING:
+        if (value := getattr(model.generation_config, name, None)) not in (None, 0, 1.0):
+            raise QwenScopeError(
+                f"expected tokens drawn from the model's own distribution where off_policy is corrected, found {name} = {value} "
+                "in its generation_config; set it to None"
+            )
 
 
 def _refuse(model: Any, processing: Any, peft_config: Any, tools: Any, rollout_func: Any, environments: Any) -> None:

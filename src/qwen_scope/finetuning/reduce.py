@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwen_scope.finetuning.restraints import Restraints
+from qwen_scope.outliers import norm_outliers
 from qwen_scope.suite import Suite
 
 
@@ -67,10 +68,13 @@ class Rows:
         Args:
             x: residuals after the layer; computed in float32 at least, also under autocast.
             tags: the number of the tag of each token's sample.
-            counted: which tokens count.
+            counted: which tokens count, of those whose norm is no outlier (see `qwen_scope.outliers`): limits leave them out too,
+                and the few that there are would drown all others.
         """
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
+            counted = counted.clone()
+            counted[counted.clone()] = ~norm_outliers(x.detach()[counted])
             pre = functional.linear(x, self.W_enc.to(x.dtype), self.b_enc.to(x.dtype))
             # Infinity where a feature is left alone: nothing exceeds it, and no gradient comes of it.
             limits = self.limits.to(x.dtype)[tags].masked_fill(~counted[..., None], float("inf"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from qwen_scope.suite import Suite
 
 FORMAT = "qwen-scope restraints 1"
+FLOAT32_MOST = 3.4e38
+"""Limits are compared in float32: beyond this they would be infinite."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Restrained:
 
     def __post_init__(self) -> None:
         parse_feature(self.feature)
-        if not self.limits or not all(math.isfinite(limit) for limit in self.limits.values()):
+        if not self.limits or not all(abs(limit) <= FLOAT32_MOST for limit in self.limits.values()):
             raise QwenScopeError(
                 f"expected a finite limit for at least one tag for feature {self.feature}, found {dict(self.limits)}; say how "
                 "high it may be, such as {'en': 0.0}"

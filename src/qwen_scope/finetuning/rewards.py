@@ -12,9 +12,9 @@ from qwen_scope.errors import QwenScopeError, reason
 from qwen_scope.evidence.fluency import repetition
 from qwen_scope.finetuning.repeats import loop_of
 
-Reward = Callable[..., list[float]]
+Reward = Callable[..., Sequence[float | None]]
 """What TRL calls with `prompts`, `completions`, `completion_ids` and the data's other columns, each a list, by name; it gives a
-number for each completion."""
+number for each completion, or None for one that it has nothing to do with."""
 
 _LENGTH = re.compile(r"length:(\d{1,6})", re.ASCII)
 
@@ -75,18 +75,21 @@ def _length(wanted: int) -> Reward:
 def _checked(function: Callable[..., Any], name: str) -> Reward:
     """The user's function, whose mistakes end the run in a sentence."""
 
-    def reward(completion_ids: Sequence[Sequence[int]], **rest: Any) -> list[float]:
+    def reward(completion_ids: Sequence[Sequence[int]], **rest: Any) -> list[float | None]:
         try:
-            values = [float(value) for value in function(completion_ids=completion_ids, **rest)]
+            found = function(completion_ids=completion_ids, **rest)
+            # None says that the reward has nothing to do with a completion; TRL leaves it out then.
+            values = [None if value is None else float(value) for value in found]
         except Exception as error:  # whatever the user's code raises
             raise QwenScopeError(
                 f"expected the reward {name} to give a number for each of {len(completion_ids)} completions, found that it fails "
                 f"({reason(error)}); correct it"
             ) from error
-        if len(values) != len(completion_ids) or not all(map(math.isfinite, values)):
+        finite = sum(value is None or math.isfinite(value) for value in values)
+        if len(values) != len(completion_ids) or finite < len(values):
             raise QwenScopeError(
                 f"expected the reward {name} to give a finite number for each of {len(completion_ids)} completions, found "
-                f"{len(values)} values of which {sum(map(math.isfinite, values))} are finite; correct it"
+                f"{len(values)} values of which {finite} are finite; correct it"
             )
         return values
 

@@ -69,13 +69,13 @@ def _before_the_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_samples(
-    source: str | Path, tag_column: str = "language", *, split: str = "train", subset: str | None = None
+    source: str | Path, tag_column: str | None = "language", *, split: str = "train", subset: str | None = None
 ) -> list[Sample]:
     """The samples of a JSONL, CSV or Parquet file, a folder of them, or a Hugging Face dataset.
 
     Args:
         source: see `qwen_scope.corpus.located`. Its rows have `text`, `messages`, or `prompt` and `completion`.
-        tag_column: the column that holds each sample's tag.
+        tag_column: the column that holds each sample's tag; without one, no tag is read.
         split: for datasets, the split to read.
         subset: for datasets on the hub, the configuration to read.
 
@@ -84,8 +84,9 @@ def read_samples(
     """
     columns = _columns(source, tag_column, split, subset)
     found = []
-    for where, row in rows(source, (*columns, tag_column), split=split, config=subset):
-        tag = row.pop(tag_column)
+    tagged = [] if tag_column is None else [tag_column]
+    for where, row in rows(source, (*columns, *tagged), split=split, config=subset):
+        tag = "none" if tag_column is None else row.pop(tag_column)
         if tag is None or not str(tag).strip():
             raise QwenScopeError(
                 f"expected a tag, such as a language, in the column {tag_column!r} of every sample, found none in {where}; fill "
@@ -107,9 +108,10 @@ def read_samples(
     return found
 
 
-def _columns(source: str | Path, tag_column: str, split: str, subset: str | None) -> tuple[str, ...]:
+def _columns(source: str | Path, tag_column: str | None, split: str, subset: str | None) -> tuple[str, ...]:
     """The kind of columns that the source has."""
-    _first(rows(source, (tag_column,), split=split, config=subset), source, tag_column)
+    if tag_column is not None:
+        _first(rows(source, (tag_column,), split=split, config=subset), source, tag_column)
     errors = []
     for columns in KINDS:
         try:

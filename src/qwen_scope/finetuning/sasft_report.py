@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from qwen_scope.evidence.statistics import bootstrap
 from qwen_scope.files import replacing
 from qwen_scope.finetuning.drift import Drift
 from qwen_scope.finetuning.evaluate import Evaluation, Spoken
@@ -20,6 +23,8 @@ CURVES = (
     ("reduce_loss", "reduction loss"),
     ("above_limit", "share above the limits"),
 )
+RESAMPLES = 2000
+"""Of the intervals, over beginnings."""
 EXAMPLES = 3
 """Texts of each tag that are shown."""
 
@@ -98,7 +103,8 @@ def page(
         picture,
         "Perplexity: exp of the mean cross-entropy of the tokens trained on, over the samples kept back. Switches: the share of "
         f"texts of {config.new_tokens} tokens at most, generated from the beginnings of these samples at temperature "
-        f"{config.temperature:g}, with a letter of a home's script that the text's own language does not use.",
+        f"{config.temperature:g}, with a letter of a home's script that the text's own language does not use; in brackets "
+        "the 95 % interval (bootstrap over beginnings).",
         "## Features\n\n" + features_table(restraints),
         "## Do the SAEs still fit?\n\n" + drift_table(drift),
     ]
@@ -111,11 +117,25 @@ def summary(before: Evaluation, after: Evaluation) -> str:
     """Perplexity and switches of each tag as a Markdown table."""
     rows = []
     for tag in before.perplexity:
-        switches = [
-            "–" if tag not in which.switch_ratio else f"{which.switch_ratio[tag]:.1%}" for which in (before, after)
-        ]
+        switches = [switched(which, tag) for which in (before, after)]
         rows.append([plain(tag), f"{before.perplexity[tag]:.2f}", f"{after.perplexity[tag]:.2f}", *switches])
     return _table(("tag", "perplexity before", "after", "switches before", "after"), rows)
+
+
+def switched(found: Evaluation, tag: str) -> str:
+    """The share of a tag's texts that switch, its interval over beginnings, and how many texts there are."""
+    texts = [each for each in found.spoken if each.tag == tag]
+    if not texts:
+        return "–"
+    beginnings: dict[str, list[bool]] = {}
+    for each in texts:
+        beginnings.setdefault(each.prompt, []).append(each.switched)
+    shares = np.array([[np.mean(each)] for each in beginnings.values()])
+    counted = f"{found.switch_ratio[tag]:.1%} of {len(texts)}"
+    if np.ptp(shares) == 0:
+        return counted  # a bootstrap would say that nothing else can be
+    interval = bootstrap(shares, RESAMPLES, 0)
+    return f"{counted} [{interval.low:.1%}, {interval.high:.1%}]"
 
 
 def features_table(restraints: Restraints) -> str:

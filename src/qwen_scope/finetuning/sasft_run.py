@@ -70,6 +70,11 @@ def finetune_sasft(samples: str | Path, folder: str | Path, config: SASFTRun) ->
     check_tags([*train, *kept], restraints.tags)
     homes = config.home or tuple(dict.fromkeys(f.home for f in restraints.features if f.home))
     trainer = make_trainer(folder, train, backbone, suite, restraints, homes, config, extra)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise QwenScopeError(
+            "expected processes that hold the whole model each, found FSDP or DeepSpeed, under which the figures before and "
+            "after cannot be measured; use plain data parallelism, or SASFTTrainer itself"
+        )
     # Not before all that is refused: a mistake in the options should not take the folder.
     _write_json(folder / "run.json", options)
     restraints.save(folder / "restraints.json")
@@ -331,10 +336,14 @@ def _train(trainer: SASFTTrainer, stop: Stop, folder: Path) -> None:
         QwenScopeError: no samples to make an update of.
         Stopped: somebody asked for it; progress is saved.
     """
+    import torch
     from transformers import TrainerCallback
 
     class Asked(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
+            # All processes stop at the same update: one that went on alone would wait for the others for ever.
+            asked: Any = trainer.accelerator.reduce(torch.tensor(float(stop.asked), device=trainer.accelerator.device))
+            stop.asked = bool(asked)
             if stop.asked and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
             return control

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,10 @@ from qwen_scope.suite import Suite
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+logger = logging.getLogger(__name__)
+
+LEAST_SHARE, WANTED_SHARE = 0.01, 0.05
+"""Of TRL's loss: below the first, the reduction loss changes next to nothing; the second is a weight to begin with."""
 TAGS = "tag_ids"
 """The column, and the key of a batch, that holds the number of the tag of each token's sample."""
 TRLS_OWN = {
@@ -49,9 +54,9 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
 
     where x is the residual after the feature's layer, the tokens are those that the cross-entropy is averaged over (label
     tokens but position 0) and `features` is how many are restrained. On tokens of a sample whose tag a feature has no limit for,
-    such as its home, the feature adds nothing. Only the rows of the encoder of these features are used. Tokens are counted over
-    all micro-batches and processes of a step, as TRL counts them for the cross-entropy: the loss does not depend on how a batch
-    is cut.
+    such as its home, and on norm outliers, the feature adds nothing. Only the rows of the encoder of these features are used.
+    Tokens are counted over all micro-batches and processes of a step, as TRL counts them for the cross-entropy: the loss does not
+    depend on how a batch is cut.
 
     What is logged beside TRL's figures: `sft_loss`, TRL's own loss (the cross-entropy, and the router's loss of a mixture of
     experts that has one); `reduce_loss`, L_reduce unweighted; `above_limit`, the share of pairs of token and restrained feature
@@ -114,6 +119,9 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
         self.data_collator = _Tagging(self.data_collator)
         self._rows = Rows.of(self.restraints, suite)
         self._penalised = torch.tensor(sorted(penalised_tokens), dtype=torch.long)
+        self._weight_judged = False
+        if config.token_penalty:
+            _refuse_other_logits(self.base)
 
     def _send_telemetry(self) -> None:
         # TRL tells Hugging Face of each trainer made; who uses this package has not been asked.
@@ -246,6 +254,18 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
                 metrics["penalised_mass"].append(mass_sum / tokens)
         if pair_sum:
             metrics["above_limit"].append(above_sum / pair_sum)
+        if tokens and self.model.training and not self._weight_judged:
+            self._weight_judged = True
+            self._judge_weight(own_sum / tokens, over_sum / tokens / len(self.restraints.features))
+
+    def _judge_weight(self, own: float, reduce: float) -> None:
+        """Warns where the reduction loss changes next to nothing, as SASFT's own weight does where pre-activations are small."""
+        if self.is_world_process_zero() and 0 < self.args.reduce_weight * reduce < LEAST_SHARE * own:
+            logger.warning(
+                f"reduce_weight {self.args.reduce_weight:g} times a reduction loss of {reduce:.3g} is less than "
+                f"{LEAST_SHARE:.0%} of the loss {own:.3g}: this is nearly plain fine-tuning; for {WANTED_SHARE:.0%} of it choose "
+                f"{WANTED_SHARE * own / reduce:.2g}"
+            )
 
 
 class _Tagging:
@@ -304,6 +324,17 @@ def _refuse_parallelism(config: Any) -> None:
             raise QwenScopeError(
                 f"expected whole rows of tokens and whole layers on each device, found accelerate's {name}_size above 1; use "
                 "data parallelism, FSDP or DeepSpeed ZeRO instead"
+            )
+
+
+def _refuse_other_logits(base: Any) -> None:
+    """Raises a QwenScopeError for a model whose logits are more than its head's product, which the penalty takes them for."""
+    config = base.config.get_text_config()
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1.0):
+            raise QwenScopeError(
+                f"expected logits that are the product of the head alone for token_penalty, found {name} = "
+                f"{getattr(config, name)} in the model's config; leave the penalty out"
             )
 
 
