@@ -54,7 +54,8 @@ def run(settings: Settings) -> dict[str, Any]:
         raise SystemExit(
             "expected Chromium to be installed, found none; install it, such as by apt-get install chromium"
         )
-    tokenizer, draw = Backbone.from_pretrained().tokenizer, random.Random(0)
+    tokenizer: Any = Backbone.from_pretrained().tokenizer
+    draw = random.Random(0)
 
     def text() -> str:
         """Exactly as many tokens as asked for."""
