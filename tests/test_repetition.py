@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwen_scope import QwenScopeError, Sampling, Scope
 from qwen_scope.evidence.fluency import repetition
-from qwen_scope.finetuning.repeats import LEAST, LONGEST, TIMES, Loop, loop_of, repeat_ratio, repeated_share
+from qwen_scope.finetuning.repeats import LEAST, LONGEST, TIMES, Loop, loop_of, repeat_ratio
 from qwen_scope.finetuning.repetition import looping_samples, repetition_features
 from qwen_scope.finetuning.rewards import against_loops, against_repetition, reward_of
 
@@ -22,10 +22,8 @@ def test_a_block_of_distinct_tokens_again_and_again_is_the_loop_it_was_made_of(b
     length = period * times + rest
     if length < LEAST:
         assert loop_of(ids) is None
-        assert repeated_share(ids) == 0
     else:
         assert loop_of(ids) == Loop(before, period, length)
-        assert repeated_share(ids) == (length - period) / (before + length)
         assert loop_of(ids).times == length / period
 
 

@@ -52,7 +52,7 @@ def finetune_grpo(
     scope: Scope,
     prompts: Sequence[Any],
     folder: str | Path,
-    config: GRPORun = GRPORun(),  # noqa: B008 - frozen
+    config: GRPORun = GRPORun(),
     *,
     columns: Mapping[str, Sequence[Any]] | None = None,
     evaluate_on: Sequence[Any] | None = None,

@@ -61,12 +61,6 @@ def loop_of(ids: Sequence[int], longest: int = LONGEST) -> Loop | None:
     return None
 
 
-def repeated_share(ids: Sequence[int]) -> float:
-    """The share of a text's tokens that its loop repeats: (L - p) / T in the terms of `loop_of`; 0 without a loop."""
-    loop = loop_of(ids)
-    return 0.0 if loop is None else (loop.length - loop.period) / len(ids)
-
-
 def repeat_ratio(texts: Sequence[Sequence[int]]) -> float:
     """The share of texts that end in a loop, as `loop_of` has it.
 

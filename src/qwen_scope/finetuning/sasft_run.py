@@ -341,9 +341,10 @@ def _train(trainer: SASFTTrainer, stop: Stop, folder: Path) -> None:
 
     class Asked(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> Any:
-            # All processes stop at the same update: one that went on alone would wait for the others for ever.
-            asked: Any = trainer.accelerator.reduce(torch.tensor(float(stop.asked), device=trainer.accelerator.device))
-            stop.asked = bool(asked)
+            if trainer.accelerator.num_processes > 1:
+                # All stop at the same update: one that went on alone would wait for the others for ever.
+                asked: Any = trainer.accelerator.reduce(torch.tensor(float(stop.asked), device=args.device))
+                stop.asked = bool(asked)
             if stop.asked and state.global_step < state.max_steps:
                 control.should_save = control.should_training_stop = True
             return control

@@ -56,7 +56,7 @@ class SASFTTrainer(FiniteSteps, SFTTrainer):
     tokens but position 0) and `features` is how many are restrained. On tokens of a sample whose tag a feature has no limit for,
     such as its home, and on norm outliers, the feature adds nothing. Only the rows of the encoder of these features are used.
     Tokens are counted over all micro-batches and processes of a step, as TRL counts them for the cross-entropy: the loss does not
-    depend on how a batch is cut.
+    depend on how a batch is cut, but for norm outliers, which are judged by the median of their own micro-batch.
 
     What is logged beside TRL's figures: `sft_loss`, TRL's own loss (the cross-entropy, and the router's loss of a mixture of
     experts that has one); `reduce_loss`, L_reduce unweighted; `above_limit`, the share of pairs of token and restrained feature
